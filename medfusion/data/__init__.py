@@ -1,0 +1,1 @@
+"""From Volume to tensor and back: grids, intensities, noise, training crops."""

@@ -1,0 +1,67 @@
+"""Intensity: one affine map per scan, background to -1 and bright tissue to +1, the same in training and in use.
+
+Nothing is clipped, so the map is exactly invertible. It is measured on a lightly smoothed copy, so that noise does not
+move it, and inside the foreground, so that the share of air in the field of view does not either.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from medfusion.errors import MedfusionError
+
+
+@dataclass(frozen=True)
+class IntensityScale:
+    """``low`` and ``high`` in the scan's units become -1 and +1."""
+
+    low: float
+    high: float
+
+    def apply(self, array: NDArray[np.generic]) -> NDArray[np.float32]:
+        """Scan units to the prior's, float32."""
+        return ((array.astype(np.float64) - self.low) * (2 / (self.high - self.low)) - 1).astype(np.float32)
+
+    def invert(self, array: NDArray[np.generic]) -> NDArray[np.float32]:
+        """The prior's units to the scan's, float32."""
+        return ((array.astype(np.float64) + 1) * ((self.high - self.low) / 2) + self.low).astype(np.float32)
+
+    def invert_difference(self, array: NDArray[np.generic]) -> NDArray[np.float32]:
+        """A difference or standard deviation in the prior's units to the scan's, float32."""
+        return (array.astype(np.float64) * ((self.high - self.low) / 2)).astype(np.float32)
+
+
+def foreground(array: NDArray[np.generic]) -> NDArray[np.bool_]:
+    """Voxels of tissue: Otsu's threshold on a 3x3x3 mean, outliers clipped. Empty for a constant image."""
+    import SimpleITK as sitk
+
+    smooth = ndimage.uniform_filter(array.astype(np.float32), 3)
+    low, high = np.percentile(smooth, (0.1, 99.5))
+    if not high > low:
+        return np.zeros(array.shape, dtype=bool)
+    image = sitk.GetImageFromArray(np.clip(smooth, low, high))
+    return sitk.GetArrayFromImage(sitk.OtsuThreshold(image, 0, 1, 256)).astype(bool)
+
+
+def measure_scale(array: NDArray[np.generic], percentile: float, name: str = "volume") -> IntensityScale:
+    """The scale of one scan: median of the background, and ``percentile`` of the foreground.
+
+    Raises
+    ------
+    MedfusionError : the scan is constant.
+    """
+    tissue = foreground(array)
+    if not tissue.any() or tissue.all():
+        raise MedfusionError(f"{name}: no tissue stands out from the background", range=f"{array.min()} to {array.max()}")
+    smooth = ndimage.uniform_filter(array.astype(np.float32), 3)
+    low, high = float(np.median(smooth[~tissue])), float(np.percentile(smooth[tissue], percentile))
+    return IntensityScale(low, high)
+
+
+def centre_of(tissue: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(3,) voxel index of the foreground's centroid: the origin of the prior's position channels."""
+    return np.array(ndimage.center_of_mass(tissue))

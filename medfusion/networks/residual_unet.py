@@ -1,0 +1,102 @@
+"""A residual U-Net without normalisation layers, on voxels folded 2x2x2 into channels.
+
+Without normalisation a crop and the whole volume get the same answer, so the network may be trained on cubes and used
+on heads. Folding costs one eighth of the compute at full resolution (docs/decisions.md has the measurements).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+CONTEXT = 4  # channels that say where in the head a voxel lies (x, y, z) and what kind of image this is
+EMBEDDING = 64
+
+
+def fold(x: Tensor) -> Tensor:
+    """(b, 1, d, h, w) to (b, 8, d/2, h/2, w/2)."""
+    b, _, d, h, w = x.shape
+    x = x.reshape(b, d // 2, 2, h // 2, 2, w // 2, 2)
+    return x.permute(0, 2, 4, 6, 1, 3, 5).reshape(b, 8, d // 2, h // 2, w // 2)
+
+
+def unfold(x: Tensor) -> Tensor:
+    """(b, 8, d, h, w) to (b, 1, 2d, 2h, 2w), the inverse of ``fold``."""
+    b, _, d, h, w = x.shape
+    x = x.reshape(b, 2, 2, 2, d, h, w)
+    return x.permute(0, 4, 1, 5, 2, 6, 3).reshape(b, 1, 2 * d, 2 * h, 2 * w)
+
+
+class Residual(nn.Module):
+    """x + conv(relu(modulated conv(x))); starts as the identity."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.enter = nn.Conv3d(channels, channels, 3, padding=1)
+        self.leave = nn.Conv3d(channels, channels, 3, padding=1)
+        self.modulate = nn.Linear(EMBEDDING, 2 * channels)
+        nn.init.zeros_(self.leave.weight)
+        nn.init.zeros_(self.modulate.weight)
+        nn.init.zeros_(self.modulate.bias)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        scale, shift = self.modulate(level)[:, :, None, None, None].to(x.dtype).chunk(2, dim=1)
+        return x + self.leave(F.relu(self.enter(x) * (1 + scale) + shift))
+
+
+class ResidualUNet(nn.Module):
+    """Additive skips, strided convolutions down, transposed ones up, the noise level by scale and shift.
+
+    Parameters
+    ----------
+    channels : of each resolution level, the first at half the input's resolution.
+    blocks : residual blocks of each level, on the way down and again on the way up.
+    """
+
+    def __init__(self, channels: Sequence[int], blocks: Sequence[int]) -> None:
+        super().__init__()
+        pairs = list(zip(channels, channels[1:], strict=False))
+        self.multiple = 2 ** len(channels)  # every edge of the input is a multiple of this
+        self.embed = nn.Sequential(nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU())
+        self.head = nn.Conv3d(8 + CONTEXT, channels[0], 3, padding=1)
+        self.down = nn.ModuleList(
+            nn.ModuleList(Residual(c) for _ in range(n)) for c, n in zip(channels, blocks, strict=True)
+        )
+        self.shrink = nn.ModuleList(nn.Conv3d(a, b, 2, stride=2) for a, b in pairs)
+        self.grow = nn.ModuleList(nn.ConvTranspose3d(b, a, 2, stride=2) for a, b in pairs)
+        self.up = nn.ModuleList(
+            nn.ModuleList(Residual(c) for _ in range(n)) for c, n in zip(channels[:-1], blocks[:-1], strict=True)
+        )
+        self.tail = nn.Conv3d(channels[0], 8, 3, padding=1)
+        nn.init.zeros_(self.tail.weight)
+
+    def forward(self, x: Tensor, log_noise_ratio: Tensor, context: Tensor | None = None) -> Tensor:
+        """x (b, 1, d, h, w), log noise ratio (b,), context (b, CONTEXT, d/2, h/2, w/2); zeros mean unknown."""
+        z = fold(x)
+        if context is None:
+            context = z.new_zeros(len(z), CONTEXT, *z.shape[2:])
+        level = self.embed(fourier(log_noise_ratio))
+        z = self.head(torch.cat([z, context.to(z)], dim=1).contiguous(memory_format=torch.channels_last_3d))
+        skips = []
+        for k, stage in enumerate(self.down):
+            for block in stage:
+                z = block(z, level)
+            if k < len(self.shrink):
+                skips.append(z)
+                z = self.shrink[k](z)
+        for k in reversed(range(len(self.grow))):
+            z = self.grow[k](z) + skips[k]
+            for block in self.up[k]:
+                z = block(z, level)
+        return unfold(self.tail(z))
+
+
+def fourier(log_noise_ratio: Tensor) -> Tensor:
+    """(b,) to (b, EMBEDDING): sines and cosines of log(sigma / alpha) with wavelengths from 0.5 to 64."""
+    wavelength = 2.0 ** torch.linspace(-1, 6, EMBEDDING // 2, device=log_noise_ratio.device)
+    phase = 2 * math.pi * log_noise_ratio.float()[:, None] / wavelength
+    return torch.cat([phase.sin(), phase.cos()], dim=1)

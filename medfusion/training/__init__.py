@@ -1,0 +1,5 @@
+"""Training."""
+
+from medfusion.training.loop import train
+
+__all__ = ["train"]

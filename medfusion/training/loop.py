@@ -1,0 +1,211 @@
+"""The training loop: cases in, one Prior out; checkpoints, exact resume, metrics.jsonl.
+
+    medfusion train configs/brain_t1.yaml --data DIR --out RUN [--resume]
+
+Batch, times and noise of step k are functions of (seed, k), so a resumed run repeats what an unbroken one would do.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from medfusion.config import Config
+from medfusion.data.crops import Batch, Case, draw_batch, split, validation_batches
+from medfusion.diffusion import Process, simple_loss
+from medfusion.errors import MedfusionError
+from medfusion.networks import ResidualUNet
+from medfusion.prior import Prior, build_network, fast_bfloat16
+
+VALIDATION_TIMES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)
+WEIGHT_DECAY = 1e-5
+CLIP_NORM = 1.0
+
+
+def train(
+    cases: Sequence[Case],
+    config: Config,
+    out: Path,
+    *,
+    data: str = "",
+    resume: bool = False,
+    device: str | None = None,
+    progress: Callable[[int, float], None] = lambda step, loss: None,
+) -> Prior:
+    """Train a prior on prepared cases and write ``prior.safetensors``, ``metrics.jsonl`` and ``checkpoint.pt`` to ``out``.
+
+    Parameters
+    ----------
+    data : one line about the scans for the provenance.
+    progress : called after every step with its number and its loss.
+
+    Raises
+    ------
+    MedfusionError : too few cases, a loss that is not finite, or nothing to resume from.
+    """
+    accelerator = Accelerator(cpu=device == "cpu")
+    training, validation = split(cases, config.data.validation, config.training.seed)
+    if not training:
+        raise MedfusionError(f"{len(cases)} scan(s) and {config.data.validation} held out leave none to train on")
+    torch.manual_seed(config.training.seed)
+    network = build_network(config).to(accelerator.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    ema = build_network(config).to(accelerator.device)
+    ema.load_state_dict(network.state_dict())
+    optimizer = torch.optim.AdamW(
+        network.parameters(), config.training.learning_rate, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY, fused=True
+    )
+    process = Process(config.process.schedule, config.process.steps)
+    held_out = validation_batches(validation, config.data, config.training.seed)
+    checkpoint = out / "checkpoint.pt"
+    start = _restore(checkpoint, network, ema, optimizer, config) if resume else 0
+    began = time.monotonic()
+    for step in range(start, config.training.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = config.training.learning_rate * _warmup_then_cosine(step, config)
+        loss = _loss_of_step(network, process, config, training, step, accelerator.device)
+        if not torch.isfinite(loss):
+            raise MedfusionError(
+                f"the loss of step {step} is not finite",
+                last_good=f"{checkpoint}" if checkpoint.exists() else "no checkpoint yet",
+                fix="lower training.learning_rate and continue with --resume",
+            )
+        optimizer.zero_grad()
+        accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
+        optimizer.step()
+        _update_ema(ema, network, step, config)
+        progress(step + 1, loss.item())
+        if (step + 1) % config.training.checkpoint_every == 0 or step + 1 == config.training.steps:
+            by_time = _validate(ema, process, config, held_out, accelerator.device)
+            _save_checkpoint(checkpoint, network, ema, optimizer, config, step + 1)
+            _log(out, step + 1, loss.item(), by_time, time.monotonic() - began)
+    prior = Prior(config, ema.eval().requires_grad_(False), _provenance(training, validation, config, data, held_out, ema))
+    staged = out / "prior.partial"
+    prior.save(staged)
+    staged.replace(out / "prior.safetensors")
+    return prior
+
+
+def _loss_of_step(
+    network: ResidualUNet, process: Process, config: Config, cases: Sequence[Case], step: int, device: torch.device
+) -> Tensor:
+    seed, size = config.training.seed, config.training.batch
+    batch = draw_batch(cases, config.data, size, seed=seed, step=step)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    # t = u^2 puts half of the times below 0.25, where denoising and detection work, and still covers generation
+    t = torch.rand(size, generator=generator).square()
+    noise = torch.randn(batch.images.shape, generator=generator)
+    return _loss(network, process, config, batch, noise, t, device).mean()
+
+
+def _loss(
+    network: ResidualUNet, process: Process, config: Config, batch: Batch, noise: Tensor, t: Tensor, device: torch.device
+) -> Tensor:
+    context = batch.context.to(device)
+
+    def with_context(x: Tensor, log_noise_ratio: Tensor) -> Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
+            return network(x, log_noise_ratio, context)
+
+    x0, noise, t = batch.images.to(device), noise.to(device), t.to(device)
+    return simple_loss(with_context, process, config.process.prediction, x0, noise, t)
+
+
+def _warmup_then_cosine(step: int, config: Config) -> float:
+    share = step / config.training.steps
+    return min(1.0, (step + 1) / config.training.warmup) * (0.5 * (1 + math.cos(math.pi * share)) + 1e-3)
+
+
+def _update_ema(ema: ResidualUNet, network: ResidualUNet, step: int, config: Config) -> None:
+    """Half-life in images, shorter at the start so that the average does not remember the initialisation."""
+    images = (step + 1) * config.training.batch
+    half_life = min(config.training.ema_half_life, 0.1 * images)
+    weight = 1 - 0.5 ** (config.training.batch / half_life)
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), weight)
+
+
+@torch.no_grad()
+def _validate(
+    ema: ResidualUNet, process: Process, config: Config, batches: Sequence[Batch], device: torch.device
+) -> dict[str, float]:
+    """Mean loss of the averaged network on fixed crops with fixed noise, for each of the fixed times."""
+    result = {}
+    for time_ in VALIDATION_TIMES:
+        losses = []
+        for index, batch in enumerate(batches):
+            generator = torch.Generator().manual_seed(index)
+            noise = torch.randn(batch.images.shape, generator=generator)
+            t = torch.full((len(batch.images),), time_)
+            losses.append(float(_loss(ema, process, config, batch, noise, t, device).mean()))
+        result[f"{time_:g}"] = sum(losses) / len(losses)
+    return result
+
+
+def _save_checkpoint(
+    path: Path, network: ResidualUNet, ema: ResidualUNet, optimizer: torch.optim.Optimizer, config: Config, step: int
+) -> None:
+    state = {
+        "step": step,
+        "config": config.model_dump_json(),
+        "network": network.state_dict(),
+        "ema": ema.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)  # atomic: a checkpoint is whole or the one before it
+
+
+def _restore(
+    path: Path, network: ResidualUNet, ema: ResidualUNet, optimizer: torch.optim.Optimizer, config: Config
+) -> int:
+    if not path.is_file():
+        raise MedfusionError(f"{path.parent}: no checkpoint to resume from", fix="leave out --resume to begin anew")
+    state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: nothing in the file is executed
+    if state["config"] != config.model_dump_json():
+        raise MedfusionError(f"{path}: was made with another config", fix="resume with the same config, or choose a new --out")
+    network.load_state_dict(state["network"])
+    ema.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    return int(state["step"])
+
+
+def _log(out: Path, step: int, loss: float, by_time: dict[str, float], seconds: float) -> None:
+    row = {"step": step, "loss": round(loss, 5), "validation": {t: round(v, 5) for t, v in by_time.items()}}
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(row | {"seconds": round(seconds, 1)}) + "\n")
+
+
+def _provenance(
+    training: Sequence[Case],
+    validation: Sequence[Case],
+    config: Config,
+    data: str,
+    held_out: Sequence[Batch],
+    ema: ResidualUNet,
+) -> dict[str, object]:
+    from medfusion import __version__
+
+    device = next(ema.parameters()).device
+    process = Process(config.process.schedule, config.process.steps)
+    return {
+        "trained": datetime.now(UTC).date().isoformat(),
+        "medfusion": __version__,
+        "torch": torch.__version__,
+        "data": data,
+        "training_scans": len({case.name for case in training}),
+        "validation_scans": len({case.name for case in validation}),
+        "steps": config.training.steps,
+        "parameters": sum(p.numel() for p in ema.parameters()),
+        "validation_loss": _validate(ema, process, config, held_out, device),
+        "licence": config.licence,
+    }
