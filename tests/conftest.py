@@ -1,0 +1,15 @@
+"""What every test may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of real scans; the tests that need it are skipped where MEDFUSION_DATA does not name one."""
+    folder = os.environ.get("MEDFUSION_DATA")
+    if not folder:
+        pytest.skip("needs real scans: set MEDFUSION_DATA")
+    return Path(folder)
