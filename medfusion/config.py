@@ -82,6 +82,14 @@ class Config(Strict):
     notes: str = ""  # printed in the model card: intended use and limits
 
 
+def _parse(value: str) -> Any:
+    """A YAML scalar or list; what YAML cannot read, such as the pattern *_T1.nii.gz, is a string."""
+    try:
+        return yaml.safe_load(value)
+    except yaml.YAMLError:
+        return value
+
+
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as ``training.steps=50``.
 
@@ -92,7 +100,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     try:
         tree: Any = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise MedfusionError(f"{path}: cannot be read ({error.strerror})", fix="name a YAML file, see configs/") from error
+        raise MedfusionError(
+            f"{path}: cannot be read ({error.strerror})", fix="name a YAML file, see configs/"
+        ) from error
     except yaml.YAMLError as error:
         raise MedfusionError(f"{path}: not valid YAML", problem=str(error).replace("\n", " ")) from error
     if not isinstance(tree, dict):
@@ -107,7 +117,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             node = node.setdefault(parent, {})
             if not isinstance(node, dict):
                 raise MedfusionError(f"--set {override}: {parent} is a value, not a section")
-        node[leaf] = yaml.safe_load(value)
+        node[leaf] = _parse(value)
     try:
         return Config.model_validate(tree)
     except ValidationError as error:

@@ -88,7 +88,7 @@ def draw_batch(cases: Sequence[Case], config: DataConfig, size: int, *, seed: in
     for _ in range(size):
         kind = STRIPPED if kinds[STRIPPED] and rng.random() < config.stripped_share else WHOLE_HEAD
         pool = kinds[kind] or cases
-        crops.append(_draw_crop(pool[rng.integers(len(pool))], config.crop, rng))
+        crops.append(_draw_crop(pool[int(rng.integers(len(pool)))], config.crop, rng))
     images, contexts = zip(*crops, strict=True)
     return Batch(torch.stack(images), torch.stack(contexts))
 
@@ -146,5 +146,3 @@ def split(cases: Sequence[Case], held_out: int, seed: int) -> tuple[list[Case], 
     names = sorted({case.name for case in cases})
     chosen = set(np.random.default_rng(seed).permutation(names)[:held_out])
     return [c for c in cases if c.name not in chosen], [c for c in cases if c.name in chosen]
-
-

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from nibabel import orientations
@@ -11,7 +12,9 @@ from scipy import ndimage
 
 from medfusion.volume import Volume
 
-SPACING_TOLERANCE = 0.02  # a grid within 2 % of the prior's spacing is left alone: interpolation would cost more than it mends
+SPACING_TOLERANCE = (
+    0.02  # a grid within 2 % of the prior's spacing is left alone: interpolation would cost more than it mends
+)
 
 
 def canonical(volume: Volume) -> Volume:
@@ -22,7 +25,7 @@ def canonical(volume: Volume) -> Volume:
     return replace(volume, array=np.ascontiguousarray(array), affine=affine)
 
 
-def from_canonical(array: NDArray[np.generic], original: Volume) -> NDArray[np.generic]:
+def from_canonical(array: NDArray[Any], original: Volume) -> NDArray[Any]:
     """An array in the voxel order of ``canonical(original)`` back in the voxel order of ``original``, exactly."""
     flips = orientations.io_orientation(original.affine)
     back = orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), flips)
@@ -47,8 +50,13 @@ def resampled(volume: Volume, spacing: float) -> Volume:
 
 
 def onto_grid(volume: Volume, target: Volume) -> NDArray[np.float32]:
-    """The values of ``volume`` at the voxel centres of ``target``, linear, the nearest value outside its field of view."""
+    """The values of ``volume`` at the voxel centres of ``target``, linear; outside its field of view the nearest."""
     matrix = np.linalg.inv(volume.affine) @ target.affine
     return ndimage.affine_transform(
-        volume.array.astype(np.float32), matrix[:3, :3], matrix[:3, 3], output_shape=target.shape, order=1, mode="nearest"
+        volume.array.astype(np.float32),
+        matrix[:3, :3],
+        matrix[:3, 3],
+        output_shape=target.shape,
+        order=1,
+        mode="nearest",
     )

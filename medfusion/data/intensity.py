@@ -7,6 +7,7 @@ move it, and inside the foreground, so that the share of air in the field of vie
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,20 +23,20 @@ class IntensityScale:
     low: float
     high: float
 
-    def apply(self, array: NDArray[np.generic]) -> NDArray[np.float32]:
+    def apply(self, array: NDArray[Any]) -> NDArray[np.float32]:
         """Scan units to the prior's, float32."""
         return ((array.astype(np.float64) - self.low) * (2 / (self.high - self.low)) - 1).astype(np.float32)
 
-    def invert(self, array: NDArray[np.generic]) -> NDArray[np.float32]:
+    def invert(self, array: NDArray[Any]) -> NDArray[np.float32]:
         """The prior's units to the scan's, float32."""
         return ((array.astype(np.float64) + 1) * ((self.high - self.low) / 2) + self.low).astype(np.float32)
 
-    def invert_difference(self, array: NDArray[np.generic]) -> NDArray[np.float32]:
+    def invert_difference(self, array: NDArray[Any]) -> NDArray[np.float32]:
         """A difference or standard deviation in the prior's units to the scan's, float32."""
         return (array.astype(np.float64) * ((self.high - self.low) / 2)).astype(np.float32)
 
 
-def foreground(array: NDArray[np.generic]) -> NDArray[np.bool_]:
+def foreground(array: NDArray[Any]) -> NDArray[np.bool_]:
     """Voxels of tissue: Otsu's threshold on a 3x3x3 mean, outliers clipped. Empty for a constant image."""
     import SimpleITK as sitk
 
@@ -47,7 +48,7 @@ def foreground(array: NDArray[np.generic]) -> NDArray[np.bool_]:
     return sitk.GetArrayFromImage(sitk.OtsuThreshold(image, 0, 1, 256)).astype(bool)
 
 
-def measure_scale(array: NDArray[np.generic], percentile: float, name: str = "volume") -> IntensityScale:
+def measure_scale(array: NDArray[Any], percentile: float, name: str = "volume") -> IntensityScale:
     """The scale of one scan: median of the background, and ``percentile`` of the foreground.
 
     Raises
@@ -56,7 +57,9 @@ def measure_scale(array: NDArray[np.generic], percentile: float, name: str = "vo
     """
     tissue = foreground(array)
     if not tissue.any() or tissue.all():
-        raise MedfusionError(f"{name}: no tissue stands out from the background", range=f"{array.min()} to {array.max()}")
+        raise MedfusionError(
+            f"{name}: no tissue stands out from the background", range=f"{array.min()} to {array.max()}"
+        )
     smooth = ndimage.uniform_filter(array.astype(np.float32), 3)
     low, high = float(np.median(smooth[~tissue])), float(np.percentile(smooth[tissue], percentile))
     return IntensityScale(low, high)

@@ -71,7 +71,9 @@ class Process:
         """
         low, high = float(self._log_ratio[0]), float(self._log_ratio[-1])
         if not (noise_ratio > 0 and low - 1e-9 <= math.log(noise_ratio) <= high + 1e-9):
-            raise ValueError(f"noise ratio {noise_ratio:.4g} outside the schedule's {math.exp(low):.4g} to {math.exp(high):.4g}")
+            raise ValueError(
+                f"noise ratio {noise_ratio:.4g} outside the schedule's {math.exp(low):.4g} to {math.exp(high):.4g}"
+            )
         target = torch.tensor(math.log(noise_ratio), dtype=torch.float64)
         above = int(torch.searchsorted(self._log_ratio, target).clamp(1, self.steps - 1))
         left, right = self._log_ratio[above - 1], self._log_ratio[above]

@@ -44,7 +44,9 @@ def ddim(
         else:
             x = _step(process, x, x0, t.expand(len(x)), times[k + 1].expand(len(x)), eta, generators)
         if not torch.isfinite(x).all():
-            raise FloatingPointError(f"the sample is not finite after step {k + 1} of {len(times)} (t = {float(t):.4f})")
+            raise FloatingPointError(
+                f"the sample is not finite after step {k + 1} of {len(times)} (t = {float(t):.4f})"
+            )
         if callback is not None:
             callback(k, x)
     return x

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -44,6 +45,7 @@ class Residual(nn.Module):
         nn.init.zeros_(self.modulate.bias)
 
     def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """x (b, c, d, h, w) and the embedded noise level (b, EMBEDDING)."""
         scale, shift = self.modulate(level)[:, :, None, None, None].to(x.dtype).chunk(2, dim=1)
         return x + self.leave(F.relu(self.enter(x) * (1 + scale) + shift))
 
@@ -59,9 +61,11 @@ class ResidualUNet(nn.Module):
 
     def __init__(self, channels: Sequence[int], blocks: Sequence[int]) -> None:
         super().__init__()
-        pairs = list(zip(channels, channels[1:], strict=False))
+        pairs = list(pairwise(channels))
         self.multiple = 2 ** len(channels)  # every edge of the input is a multiple of this
-        self.embed = nn.Sequential(nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU())
+        self.embed = nn.Sequential(
+            nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU()
+        )
         self.head = nn.Conv3d(8 + CONTEXT, channels[0], 3, padding=1)
         self.down = nn.ModuleList(
             nn.ModuleList(Residual(c) for _ in range(n)) for c, n in zip(channels, blocks, strict=True)
@@ -83,14 +87,14 @@ class ResidualUNet(nn.Module):
         z = self.head(torch.cat([z, context.to(z)], dim=1).contiguous(memory_format=torch.channels_last_3d))
         skips = []
         for k, stage in enumerate(self.down):
-            for block in stage:
+            for block in stage.children():
                 z = block(z, level)
             if k < len(self.shrink):
                 skips.append(z)
                 z = self.shrink[k](z)
         for k in reversed(range(len(self.grow))):
             z = self.grow[k](z) + skips[k]
-            for block in self.up[k]:
+            for block in self.up[k].children():
                 z = block(z, level)
         return unfold(self.tail(z))
 

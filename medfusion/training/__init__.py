@@ -1,5 +1,6 @@
 """Training."""
 
 from medfusion.training.loop import train
+from medfusion.training.scans import load_cases
 
-__all__ = ["train"]
+__all__ = ["load_cases", "train"]

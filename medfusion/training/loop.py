@@ -40,7 +40,7 @@ def train(
     device: str | None = None,
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Prior:
-    """Train a prior on prepared cases and write ``prior.safetensors``, ``metrics.jsonl`` and ``checkpoint.pt`` to ``out``.
+    """Train a prior; write ``prior.safetensors``, ``metrics.jsonl`` and ``checkpoint.pt`` to the folder ``out``.
 
     Parameters
     ----------
@@ -87,7 +87,9 @@ def train(
             by_time = _validate(ema, process, config, held_out, accelerator.device)
             _save_checkpoint(checkpoint, network, ema, optimizer, config, step + 1)
             _log(out, step + 1, loss.item(), by_time, time.monotonic() - began)
-    prior = Prior(config, ema.eval().requires_grad_(False), _provenance(training, validation, config, data, held_out, ema))
+    prior = Prior(
+        config, ema.eval().requires_grad_(False), _provenance(training, validation, config, data, held_out, ema)
+    )
     staged = out / "prior.partial"
     prior.save(staged)
     staged.replace(out / "prior.safetensors")
@@ -107,7 +109,13 @@ def _loss_of_step(
 
 
 def _loss(
-    network: ResidualUNet, process: Process, config: Config, batch: Batch, noise: Tensor, t: Tensor, device: torch.device
+    network: ResidualUNet,
+    process: Process,
+    config: Config,
+    batch: Batch,
+    noise: Tensor,
+    t: Tensor,
+    device: torch.device,
 ) -> Tensor:
     context = batch.context.to(device)
 
@@ -172,7 +180,9 @@ def _restore(
         raise MedfusionError(f"{path.parent}: no checkpoint to resume from", fix="leave out --resume to begin anew")
     state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: nothing in the file is executed
     if state["config"] != config.model_dump_json():
-        raise MedfusionError(f"{path}: was made with another config", fix="resume with the same config, or choose a new --out")
+        raise MedfusionError(
+            f"{path}: was made with another config", fix="resume with the same config, or choose a new --out"
+        )
     network.load_state_dict(state["network"])
     ema.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])

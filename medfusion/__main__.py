@@ -1,0 +1,5 @@
+"""``python -m medfusion`` is ``medfusion``."""
+
+from medfusion.cli.main import main
+
+main()

@@ -1,0 +1,193 @@
+"""The ``medfusion`` command.
+
+Exit codes: 0 done, 1 some case failed, 2 wrong use or unreadable input, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medfusion import __version__
+from medfusion.errors import MedfusionError
+
+app = typer.Typer(
+    name="medfusion",
+    help="One diffusion prior for 3D MRI and CT: denoise scans, map anomalies, generate training volumes.\n\n"
+    "For research, not for diagnosis.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Input = Annotated[Path, typer.Argument(metavar="IN", help="A NIfTI file, or a folder of NIfTI files or DICOM series.")]
+Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results; must lie outside IN.")]
+PriorName = Annotated[str, typer.Option("--prior", help="A shipped prior by name, or a prior.safetensors file.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the first GPU, else the CPU.")]
+VolumeIndex = Annotated[int | None, typer.Option("--volume", help="Which volume of 4D files, counted from 0.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are there already.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Keep results that are whole, do the rest.")]
+Seed = Annotated[int, typer.Option(help="With the case name it fixes the noise that is drawn.")]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"medfusion {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show it and exit.")
+    ] = False,
+) -> None:
+    """One diffusion prior for 3D MRI and CT."""
+
+
+@app.command("inspect")
+def inspect_command(
+    path: Input, as_json: Annotated[bool, typer.Option("--json", help="A JSON list instead of a table.")] = False
+) -> None:
+    """Show what is under a path: scans, their geometry and intensities, and why some cannot be used."""
+    from medfusion.cli.inspect import inspect
+
+    raise typer.Exit(inspect(path, as_json))
+
+
+@app.command("denoise")
+def denoise_command(
+    input: Input,
+    output: Output,
+    prior: PriorName = "brain-t1",
+    sigma: Annotated[float | None, typer.Option(help="Noise in the scan's units; default: estimated.")] = None,
+    device: Device = None,
+    volume: VolumeIndex = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Remove noise: each scan comes back on its own grid, in its units and format (DICOM in, derived DICOM out)."""
+    from medfusion.cli.show import show_run
+    from medfusion.tasks.denoise import denoise
+
+    run = denoise(
+        input, output, prior=prior, sigma=sigma, device=device, volume=volume, overwrite=overwrite, resume=resume
+    )
+    raise typer.Exit(show_run(run, output))
+
+
+@app.command("detect")
+def detect_command(
+    input: Input,
+    output: Output,
+    prior: PriorName = "brain-t1",
+    noise_time: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="How far scans are noised before the rebuild.")
+    ] = 0.35,
+    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each reconstruction.")] = 5,
+    samples: Annotated[int, typer.Option(min=2, help="Reconstructions for each scan.")] = 4,
+    threshold: Annotated[float, typer.Option(help="Of the mask, in standard deviations.")] = 4.0,
+    min_ml: Annotated[float, typer.Option(help="Smaller regions are dropped from the mask.")] = 0.1,
+    seed: Seed = 0,
+    device: Device = None,
+    volume: VolumeIndex = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Map anomalies: heatmap, reconstruction and mask on each scan's own grid, and a table of findings."""
+    from medfusion.cli.show import show_run
+    from medfusion.tasks.detect import detect
+
+    run = detect(
+        input,
+        output,
+        prior=prior,
+        noise_time=noise_time,
+        steps=steps,
+        samples=samples,
+        threshold=threshold,
+        min_ml=min_ml,
+        seed=seed,
+        device=device,
+        volume=volume,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    raise typer.Exit(show_run(run, output))
+
+
+@app.command("augment")
+def augment_command(
+    input: Input,
+    output: Output,
+    number: Annotated[int, typer.Option("-n", "--number", help="How many new cases.")],
+    prior: PriorName = "brain-t1",
+    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each case.")] = 50,
+    stripped: Annotated[bool, typer.Option("--stripped", help="Skull-stripped brains instead of whole heads.")] = False,
+    seed: Seed = 0,
+    device: Device = None,
+    volume: VolumeIndex = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Generate new volumes as an nnU-Net raw dataset; IN lends field of view and intensity units."""
+    from medfusion.cli.show import show_run
+    from medfusion.tasks.augment import augment
+
+    run = augment(
+        input,
+        output,
+        number=number,
+        prior=prior,
+        steps=steps,
+        stripped=stripped,
+        seed=seed,
+        device=device,
+        volume=volume,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    raise typer.Exit(show_run(run, output))
+
+
+@app.command("train")
+def train_command(
+    config: Annotated[Path, typer.Argument(help="A YAML file, see configs/.")],
+    data: Annotated[Path, typer.Option(help="Folder of NIfTI files or DICOM series.")],
+    out: Annotated[Path, typer.Option(help="Folder for prior.safetensors, metrics.jsonl and the checkpoint.")],
+    set: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. training.steps=500.")] = None,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = False,
+) -> None:
+    """Train a prior on a folder of scans."""
+    from medfusion.cli.train import train_prior
+
+    raise typer.Exit(train_prior(config, data, out, set or [], device=device, overwrite=overwrite, resume=resume))
+
+
+@app.command("priors")
+def priors_command(name: Annotated[str | None, typer.Argument(help="Print the card of this prior.")] = None) -> None:
+    """List the priors that ship with the package, or print the card of one."""
+    from medfusion.cli.show import show_priors
+
+    raise typer.Exit(show_priors(name))
+
+
+def main() -> None:
+    """Entry point: a user error is one short block on standard error, never a traceback."""
+    try:
+        app()
+    except MedfusionError as error:
+        sys.stderr.write(f"Error  {error}\n")
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("Interrupted\n")
+        raise SystemExit(130) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Denoise: a scan with noise s IS a sample of the process at the time where noise_ratio(t) = s.
+
+One evaluation of the prior there gives the posterior mean E[x_0 | x_t], the least-squares estimate of the clean scan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from monai.inferers.utils import sliding_window_inference
+from torch import Tensor
+
+from medfusion.data.grid import canonical, from_canonical
+from medfusion.data.intensity import measure_scale
+from medfusion.data.noise import estimate_noise
+from medfusion.errors import MedfusionError
+from medfusion.io import Series, read, write_derived_series, write_nifti
+from medfusion.prior import Prior
+from medfusion.tasks.checks import check_scan
+from medfusion.tasks.runner import Run, Settings, run_jobs, scan_jobs, single_file
+from medfusion.volume import Volume
+
+TILE = 192  # voxels along an edge: a tile needs about 2 GiB, and most MR volumes are one to four tiles
+OVERLAP = 0.25  # of a tile; blended with Gaussian weights
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """A denoised volume on the input's grid, float32 in its units.
+
+    ``sigma`` is the noise in the same units, ``time`` that of the process it stands for (0: nothing to remove).
+    """
+
+    volume: Volume
+    sigma: float
+    time: float
+
+
+def denoise_volume(volume: Volume, prior: Prior, *, sigma: float | None = None, tile: int = TILE) -> Denoised:
+    """The posterior mean of the clean scan, at the scan's own resolution.
+
+    Parameters
+    ----------
+    sigma : standard deviation of the noise in the scan's units; estimated in the foreground when None.
+    tile : edge in voxels above which the volume is worked on in overlapping tiles.
+
+    Raises
+    ------
+    MedfusionError : the scan is of another modality than the prior, constant, too small, or noisier than the process.
+    """
+    check_scan(volume, prior)
+    upright = canonical(volume)
+    scale = measure_scale(upright.array, prior.config.preprocessing.percentile, volume.name)
+    sigma = estimate_noise(upright.array) if sigma is None else sigma
+    ratio = sigma * 2 / (scale.high - scale.low)
+    t = _time_of(prior, ratio, volume.name)
+    if t == 0.0:
+        return Denoised(volume, sigma, 0.0)
+    clean = _posterior_mean(prior, torch.from_numpy(scale.apply(upright.array)), t, tile)
+    array = from_canonical(scale.invert(clean.cpu().numpy()), volume)
+    return Denoised(volume.with_array(array), sigma, t)
+
+
+def _time_of(prior: Prior, ratio: float, name: str) -> float:
+    lowest, highest = (float(prior.process.noise_ratio(torch.tensor(t))) for t in (0.0, 1.0))
+    if ratio <= lowest:
+        return 0.0
+    if ratio > highest:
+        raise MedfusionError(f"{name}: more noise than any time of the prior's process has", noise_ratio=f"{ratio:.3g}")
+    return prior.process.time_of(ratio)
+
+
+def _posterior_mean(prior: Prior, image: Tensor, t: float, tile: int) -> Tensor:
+    """E[x_0 | x_t] for image = x_t / alpha(t), (d, h, w)."""
+    time = torch.tensor([t], dtype=torch.float64)
+    x = (image * float(prior.process.alpha(time)))[None, None].to(prior.device)
+    denoise = prior.denoiser()
+    size = tuple(min(tile, n) for n in image.shape)
+    if size == tuple(image.shape):
+        return denoise(x, time.to(x.device))[0, 0]
+
+    def predict(part: Tensor) -> Tensor:
+        return denoise(part, time.to(part.device).expand(len(part)))
+
+    return torch.as_tensor(sliding_window_inference(x, size, 1, predict, overlap=OVERLAP, mode="gaussian"))[0, 0]
+
+
+def denoise(
+    input: Path,
+    output: Path,
+    *,
+    prior: str = "brain-t1",
+    sigma: float | None = None,
+    device: str | None = None,
+    volume: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Run:
+    """Denoise every scan under ``input`` and write it in its own format to ``output``.
+
+    A NIfTI file becomes ``CASE_denoised.nii.gz`` (or exactly ``output`` where that ends in .nii or .nii.gz), a DICOM
+    series the folder ``CASE_denoised`` with a derived series. ``volume`` picks one volume of 4D files.
+    """
+    settings = Settings("denoise", input, output, prior, device, {"sigma": sigma}, volume, overwrite, resume)
+    replace = overwrite or resume
+
+    def targets(series: Series) -> list[Path]:
+        if single_file(output):
+            return [output]
+        return [output / f"{series.name}_denoised{'' if series.kind == 'dicom' else '.nii.gz'}"]
+
+    def work(series: Series, loaded: Prior) -> str:
+        scan = read(series, volume)
+        result = denoise_volume(scan, loaded, sigma=sigma)
+        how = f"sigma {result.sigma:.4g} ({'estimated' if sigma is None else 'given'}), t {result.time:.3f}"
+        [target] = targets(series)
+        if series.kind == "dicom" and not single_file(output):
+            derivation = f"Diffusion posterior mean, prior {loaded.name}, noise {how}"
+            write_derived_series(
+                result.volume, series, target, description="denoised", derivation=derivation, overwrite=replace
+            )
+        else:
+            write_nifti(result.volume, target, overwrite=replace)
+        return how if result.time > 0 else f"{how}: no noise to remove, values unchanged"
+
+    return run_jobs(settings, scan_jobs(settings, targets, work))

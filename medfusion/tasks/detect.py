@@ -1,0 +1,231 @@
+"""Detect: noise a scan part of the way, let the prior rebuild it several times, and see where the scan is unlike them.
+
+The rebuilt volumes are samples of what healthy anatomy could look like given the coarse content of the scan. Their
+mean is the reconstruction, their spread says where anatomy varies. The heatmap is the distance between scan and mean
+in standard deviations, so that folded cortex, which no two heads share, does not outshine a lesion.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from medfusion.data.crops import context_channels
+from medfusion.data.grid import canonical, onto_grid, resampled
+from medfusion.data.intensity import centre_of, foreground, measure_scale
+from medfusion.data.noise import estimate_noise
+from medfusion.data.seeds import case_generator
+from medfusion.diffusion import ddim, noise_like, uniform_times
+from medfusion.io import Series, read, staged, write_nifti
+from medfusion.prior import Prior
+from medfusion.tasks.checks import check_scan
+from medfusion.tasks.runner import Run, Settings, run_jobs, scan_jobs
+from medfusion.volume import Volume
+
+SMOOTHING = 1.0  # voxels of the prior's grid: a lesion is a region, a single voxel is noise
+TISSUE_MARGIN = 2  # voxels eroded from the outline of the head, where a partial volume is no finding
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One connected region of the mask.
+
+    ``x``, ``y``, ``z`` are world RAS millimetres of its peak, ``i``, ``j``, ``k`` the voxel there; ``peak`` and
+    ``mean`` are in standard deviations; ``direction`` says whether the scan is "brighter" or "darker" than expected.
+    """
+
+    x: float
+    y: float
+    z: float
+    i: int
+    j: int
+    k: int
+    volume_ml: float
+    peak: float
+    mean: float
+    direction: str
+
+
+@dataclass(frozen=True)
+class Detection:
+    """Volumes on the input's grid, and the findings, largest peak first.
+
+    ``anomaly`` is in standard deviations, 0 or above, higher is more anomalous; ``reconstruction`` is in the scan's
+    units; ``mask`` is 1 where ``anomaly`` exceeds the threshold in a region large enough.
+    """
+
+    anomaly: Volume
+    reconstruction: Volume
+    mask: Volume
+    findings: list[Finding]
+
+
+def detect_volume(
+    volume: Volume,
+    prior: Prior,
+    *,
+    noise_time: float = 0.35,
+    steps: int = 5,
+    samples: int = 4,
+    threshold: float = 4.0,
+    min_ml: float = 0.1,
+    seed: int = 0,
+) -> Detection:
+    """Reconstruct a scan with the prior and map where it differs.
+
+    Parameters
+    ----------
+    noise_time : process time in (0, 1] to which the scan is noised: later forgets more of it.
+    steps : evaluations of the prior on the way back, for each of ``samples`` reconstructions.
+    threshold : of the heatmap, in standard deviations; ``min_ml`` drops smaller regions of the mask.
+    seed : with the case name it fixes the noise.
+
+    Raises
+    ------
+    MedfusionError : as ``denoise_volume``.
+    """
+    check_scan(volume, prior)
+    work = resampled(canonical(volume), prior.config.preprocessing.spacing)
+    scale = measure_scale(work.array, prior.config.preprocessing.percentile, volume.name)
+    image = scale.apply(work.array)
+    tissue = foreground(work.array)
+    rebuilt = reconstruct(image, centre_of(tissue), prior, noise_time, steps, samples, seed=seed, name=volume.name)
+    residual, spread = image - rebuilt.mean(axis=0), rebuilt.std(axis=0, ddof=1)
+    noise = estimate_noise(image)
+    z = standardise(residual, spread, noise) * _inside(tissue)
+    signed = volume.with_array(onto_grid(work.with_array(z), volume))
+    anomaly = np.abs(signed.array)
+    mask, findings = find_regions(signed, threshold, min_ml)
+    reconstruction = onto_grid(work.with_array(scale.invert(rebuilt.mean(axis=0))), volume)
+    return Detection(volume.with_array(anomaly), volume.with_array(reconstruction), volume.with_array(mask), findings)
+
+
+def reconstruct(
+    image: NDArray[np.float32],
+    centre: NDArray[np.float64],
+    prior: Prior,
+    noise_time: float,
+    steps: int,
+    samples: int,
+    *,
+    seed: int,
+    name: str,
+) -> NDArray[np.float32]:
+    """(samples, d, h, w): the image noised to ``noise_time`` and brought back by DDIM, once for each draw of noise."""
+    spacing = prior.config.preprocessing.spacing
+    even = [n + n % 2 for n in image.shape]
+    context = context_channels(even, (0, 0, 0), centre, spacing, kind=0.0)[None]
+    denoise = prior.denoiser(context)
+    x0 = torch.from_numpy(image)[None, None].to(prior.device)
+    times = uniform_times(noise_time, steps).to(prior.device)
+    rebuilt = []
+    for sample in range(samples):
+        noise = noise_like(x0, [case_generator(seed, name, sample)])
+        x = prior.process.add_noise(x0, noise, times[:1])
+        rebuilt.append(ddim(denoise, prior.process, x, times)[0, 0].cpu().numpy())
+    return np.stack(rebuilt)
+
+
+def standardise(residual: NDArray[np.float32], spread: NDArray[np.float32], noise: float) -> NDArray[np.float32]:
+    """Smoothed residual over the smoothed standard deviation that anatomy and noise give it (prior's units)."""
+    expected = np.sqrt(ndimage.gaussian_filter(spread**2, SMOOTHING) + noise**2)
+    return ndimage.gaussian_filter(residual, SMOOTHING) / expected
+
+
+def find_regions(signed: Volume, threshold: float, min_ml: float) -> tuple[NDArray[np.uint8], list[Finding]]:
+    """Mask and findings of a signed map: connected regions of one sign beyond ``threshold``, of ``min_ml`` or more."""
+    mask, findings = np.zeros(signed.shape, np.uint8), []
+    for sign, direction in ((1, "brighter"), (-1, "darker")):
+        labels, _ = ndimage.label(sign * signed.array > threshold)
+        for index, box in enumerate(ndimage.find_objects(labels), 1):
+            region = labels[box] == index
+            volume_ml = float(region.sum()) * signed.voxel_ml
+            if volume_ml < min_ml:
+                continue
+            values = np.where(region, np.abs(signed.array[box]), 0)
+            peak = np.unravel_index(values.argmax(), values.shape)
+            i, j, k = (int(s.start + p) for s, p in zip(box, peak, strict=True))
+            x, y, z = (round(float(c), 1) for c in signed.to_world((i, j, k)))
+            mean = float(values[region].mean())
+            findings.append(
+                Finding(x, y, z, i, j, k, round(volume_ml, 3), round(float(values.max()), 2), round(mean, 2), direction)
+            )
+            mask[box][region] = 1
+    return mask, sorted(findings, key=lambda finding: -finding.peak)
+
+
+def _inside(tissue: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """The head with its cavities, less a margin: dark lesions and ventricles lie below Otsu's threshold too."""
+    closed = ndimage.binary_closing(np.pad(tissue, 8), iterations=8)[8:-8, 8:-8, 8:-8]
+    return ndimage.binary_erosion(ndimage.binary_fill_holes(closed), iterations=TISSUE_MARGIN)
+
+
+def write_findings(path: Path, findings: Sequence[Finding], overwrite: bool = False) -> None:
+    """A CSV with one row for each finding; the header is there even when nothing was found."""
+    with staged(path, overwrite=overwrite) as partial, partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Finding)])
+        writer.writeheader()
+        writer.writerows(asdict(finding) for finding in findings)
+
+
+def detect(
+    input: Path,
+    output: Path,
+    *,
+    prior: str = "brain-t1",
+    noise_time: float = 0.35,
+    steps: int = 5,
+    samples: int = 4,
+    threshold: float = 4.0,
+    min_ml: float = 0.1,
+    seed: int = 0,
+    device: str | None = None,
+    volume: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> Run:
+    """Map anomalies of every scan under ``input``.
+
+    For each case, ``output`` receives ``CASE_anomaly.nii.gz`` (heatmap), ``CASE_reconstruction.nii.gz``,
+    ``CASE_mask.nii.gz``, all on the input's grid, and ``CASE_findings.csv``. Options as in ``detect_volume``.
+    """
+    options = {
+        "noise_time": noise_time,
+        "steps": steps,
+        "samples": samples,
+        "threshold": threshold,
+        "min_ml": min_ml,
+        "seed": seed,
+    }
+    settings = Settings("detect", input, output, prior, device, options, volume, overwrite, resume)
+    replace = overwrite or resume
+
+    def targets(series: Series) -> list[Path]:
+        images = [output / f"{series.name}_{kind}.nii.gz" for kind in ("anomaly", "reconstruction", "mask")]
+        return [*images, output / f"{series.name}_findings.csv"]
+
+    def work(series: Series, loaded: Prior) -> str:
+        found = detect_volume(
+            read(series, volume),
+            loaded,
+            noise_time=noise_time,
+            steps=steps,
+            samples=samples,
+            threshold=threshold,
+            min_ml=min_ml,
+            seed=seed,
+        )
+        *images, table = targets(series)
+        for result, path in zip((found.anomaly, found.reconstruction, found.mask), images, strict=True):
+            write_nifti(result, path, overwrite=replace)
+        write_findings(table, found.findings, overwrite=replace)
+        return f"{len(found.findings)} finding(s)"
+
+    return run_jobs(settings, scan_jobs(settings, targets, work))

@@ -1,0 +1,61 @@
+"""Volume, errors and configuration."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from medfusion.config import load_config
+from medfusion.errors import MedfusionError
+from medfusion.volume import Volume
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_volume_knows_its_geometry():
+    affine = np.array([[0, 0, 3.0, -10], [-1.0, 0, 0, 20], [0, 2.0, 0, 30], [0, 0, 0, 1]])
+    volume = Volume(np.zeros((4, 5, 6), np.int16), affine, "case", "MR")
+    assert volume.orientation == "PSR"
+    assert volume.spacing.tolist() == [1, 2, 3]
+    assert volume.voxel_ml == pytest.approx(0.006)
+    assert volume.to_world([1, 1, 1]).tolist() == [-7, 19, 32]
+    assert "4 x 5 x 6 voxels, 1 x 2 x 3 mm, PSR, int16" in repr(volume)
+    with pytest.raises(ValueError, match="does not fit"):
+        volume.with_array(np.zeros((4, 5, 7)))
+    with pytest.raises(ValueError, match="3D"):
+        Volume(np.zeros((4, 5)), affine)
+
+
+def test_errors_print_as_one_block():
+    error = MedfusionError("sub-07: shapes differ", image="3 x 4", mask_file="m.nii", fix="resample")
+    assert str(error) == "sub-07: shapes differ\n  image      3 x 4\n  mask file  m.nii\n  Fix        resample"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configs_are_valid(path):
+    config = load_config(path, ["training.steps=7", "data.images=*_x.nii.gz"])
+    assert config.training.steps == 7
+    assert config.data.images == "*_x.nii.gz"
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("name: x\nspeling: 1", [], "speling"),
+        ("name: x\ntraining: {steps: 0}", [], "training.steps"),
+        ("name: x\nnetwork: {channels: [8, 8], blocks: [1]}", [], "2 levels"),
+        ("name: Bad Name", [], "name"),
+        ("name: x", ["training.steps"], "not of the form"),
+        ("name: x", ["name.first=1"], "not a section"),
+        ("[1, 2]", [], "mapping"),
+        ("a: [", [], "not valid YAML"),
+    ],
+)
+def test_bad_configs_are_refused_by_field(tmp_path, text, overrides, message):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(MedfusionError) as caught:
+        load_config(path, overrides)
+    assert message in str(caught.value)
+    with pytest.raises(MedfusionError, match="cannot be read"):
+        load_config(tmp_path / "none.yaml")
