@@ -1,0 +1,149 @@
+"""One self-contained HTML page: text, tables and figures in sections; it opens offline and runs no script."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from medfusion import __version__
+from medfusion.io.output import staged
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A PNG; ``alt`` says in words what it shows, for those who cannot see it."""
+
+    png: bytes
+    alt: str
+    caption: str = ""
+
+    @property
+    def source(self) -> str:
+        """The image itself as a data URL."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode("ascii")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text and numbers; a cell that says "done", "failed" or "skipped" is drawn as a badge."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[object]]
+    caption: str = ""
+
+
+@dataclass(frozen=True)
+class KeyValues:
+    """Names and values in two columns."""
+
+    values: Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Details:
+    """Text as it stands, in a box that opens on a click."""
+
+    summary: str
+    text: str
+
+
+Block = str | Figure | Table | KeyValues | Details  # a plain string is a paragraph
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading and what stands below it."""
+
+    title: str
+    blocks: Sequence[Block]
+
+
+def write_report(path: Path, title: str, sections: Sequence[Section], *, subtitle: str = "") -> None:
+    """Write the page to ``path``, whole or not at all; an existing page is replaced.
+
+    All text is escaped: what a scan's header says is shown, never interpreted. The page is self-contained.
+
+    Raises
+    ------
+    MedfusionError : the folder of ``path`` cannot be written.
+    """
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["cell"] = format_cell
+    environment.tests["a"] = lambda block, kind: type(block).__name__ == kind
+    html = environment.get_template("template.html").render(
+        title=title,
+        subtitle=subtitle,
+        sections=sections,
+        version=__version__,
+        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+    )
+    with staged(path, overwrite=True) as beside:
+        beside.write_text(html, encoding="utf-8")
+
+
+def run_section(run: Mapping[str, Any], title: str = "This run") -> Section:
+    """What was done, with what, and what failed, from the content of ``run.json``.
+
+    ``run`` holds command, version, seed, device, seconds, config, and cases: each with name, status ("done", "failed"
+    or "skipped"), seconds, outputs (paths) and message.
+    """
+    import yaml
+
+    cases = run["cases"]
+    failed = [case["name"] for case in cases if case["status"] == "failed"]
+    count = f"{len(cases)} case{'' if len(cases) == 1 else 's'}"
+    verdict = f"{len(failed)} of {count} failed: {', '.join(failed)}." if failed else f"{count}, none failed."
+    facts = {
+        "Command": run["command"],
+        "Version": run["version"],
+        "Device": run["device"],
+        "Seed": run["seed"],
+        "Duration": format_seconds(run["seconds"]),
+        "Cases": len(cases),
+    }
+    rows = [
+        (
+            case["name"],
+            case["status"],
+            format_seconds(case["seconds"]),
+            "\n".join(map(str, case["outputs"])),
+            case["message"],
+        )
+        for case in cases
+    ]
+    table = Table(("Case", "Status", "Time", "Outputs", "Message"), rows)
+    configuration = Details("Configuration", yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True))
+    return Section(title, [verdict, KeyValues(facts), table, configuration])
+
+
+def format_cell(value: object) -> str:
+    """A cell's text: four significant digits for a fraction, a dash for what is missing."""
+    if value is None or value == "":
+        return "\N{EN DASH}"
+    if isinstance(value, float):
+        return f"{value:.4g}".replace("-", "\N{MINUS SIGN}")
+    return str(value)
+
+
+def format_seconds(seconds: float) -> str:
+    """A duration to read, with unbreakable spaces: "0.42 s", "38 s", "5 min 12 s", "2 h 05 min"."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes >= 60:
+        text = f"{minutes // 60} h {minutes % 60:02d} min"
+    elif minutes >= 1:
+        text = f"{minutes} min {rest:02d} s"
+    else:
+        text = f"{seconds:.2g} s" if seconds < 10 else f"{rest} s"
+    return text.replace(" ", "\N{NO-BREAK SPACE}")
