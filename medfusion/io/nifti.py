@@ -75,13 +75,14 @@ def read_nifti(series: Series, volume_index: int | None = None) -> Volume:
     return Volume(array.astype(_dtype_in_memory(image, array)), _affine(image), name=series.name, source=series)
 
 
-def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False) -> None:
+def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False, description: str = "") -> None:
     """Write a volume to ``.nii`` or ``.nii.gz``, whole or not at all.
 
     On the grid of a NIfTI source the affine, both space codes and the units are the source's own, bit for bit.
     Otherwise the affine is the sform (code of the source, else scanner) in mm; it is the qform too unless it has
     shear, which a qform cannot hold. Integers and booleans take the smallest of uint8, int16, int32, int64 (or
     uint64) that holds them, all else is float32, also where the source stored integers; nothing is scaled.
+    ``description`` goes into the header's descrip, which holds 79 bytes; the rest is cut off.
 
     Raises
     ------
@@ -98,6 +99,7 @@ def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False) -> None:
     header = image_class.header_class()
     header.set_data_shape(array.shape)
     header.set_data_dtype(array.dtype)
+    header["descrip"] = description.encode()[:79]
     _set_space(header, volume, source)
     with staged(path, overwrite) as beside:
         image_class(array, None, header).to_filename(beside)

@@ -357,6 +357,12 @@ def test_write_is_repeatable_and_refuses_existing_and_odd_names(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.nii.gz", "b.nii.gz"]
 
 
+@pytest.mark.parametrize("text", ["", "medfusion: SYNTHETIC", "x" * 100])
+def test_description_goes_into_the_header(tmp_path, text):
+    write_nifti(Volume(values(), oblique()), tmp_path / "out.nii.gz", description=text)
+    assert describe_nifti(tmp_path / "out.nii.gz", "case").description == text[:79]
+
+
 def test_vanished_source_is_an_error_not_a_guess(tmp_path):
     volume = read(save(tmp_path / "scan.nii", values()))
     (tmp_path / "scan.nii").unlink()
