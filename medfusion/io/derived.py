@@ -71,7 +71,8 @@ def write_derived_series(
     volume : result on the grid of ``source``, in its units.
     source : usable DICOM series of single-frame files.
     folder : appears when all files are written.
-    description : SeriesDescription; DICOM holds 64 characters, the rest is cut off.
+    description : what became of the source, e.g. "denoised"; follows the source's own SeriesDescription, which is cut
+        so that both fit into DICOM's 64 characters.
     derivation : how the voxels were made, with the settings that matter; goes into DerivationDescription after what
         the source says of its own derivation, followed by this tool's version.
     smoothing : whether the derivation is noise reduction, coded as (113087, DCM, "Smoothing"), the nearest there is.
@@ -142,7 +143,8 @@ def _derivation(volume: Volume, source: Series, description: str, derivation: st
     voxels = hashlib.sha256(np.ascontiguousarray(volume.array).tobytes()).hexdigest()
     seed = [str(first.SeriesInstanceUID), str(first.SOPInstanceUID), description, derivation, voxels]
     text = f"{derivation} (medfusion {medfusion.__version__})"
-    label = description.replace("\\", "/")[:64].strip()  # in DICOM a backslash separates values
+    label = f"{source.description[: max(0, 63 - len(description))]} {description}".strip()[:64]
+    label = label.replace("\\", "/")  # in DICOM a backslash separates values
     return _Derivation(generate_uid(entropy_srcs=seed), seed, label, text, smoothing, datetime.now(UTC))
 
 

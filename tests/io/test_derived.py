@@ -120,7 +120,7 @@ def make_source(folder: Path, changes: dict | None = None, syntax=ExplicitVRLitt
 
 
 def derive(source: Series, folder: Path, volume: Volume | None = None, **changes) -> list[Dataset]:
-    options = {"description": "T1 ax denoised", "derivation": "Diffusion denoising, sigma 12.5"} | changes
+    options = {"description": "denoised", "derivation": "Diffusion denoising, sigma 12.5"} | changes
     write_derived_series(volume or read(source), source, folder, **options)
     return [pydicom.dcmread(path) for path in sorted(folder.iterdir())]
 
@@ -247,6 +247,14 @@ def test_history_of_a_derived_source_is_kept(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("before", "after"), [("", "denoised"), (None, "denoised"), ("x" * 64, "x" * 55 + " denoised")]
+)
+def test_series_description_says_what_became_of_which_series(tmp_path, before, after):
+    source = make_source(tmp_path / "in", {"SeriesDescription": before})
+    assert derive(source, tmp_path / "out")[0].SeriesDescription == after
+
+
+@pytest.mark.parametrize(
     ("changes", "expected"),
     [
         ({"ImageType": ["ORIGINAL", "PRIMARY"]}, ["DERIVED", "SECONDARY", "OTHER"]),
@@ -267,8 +275,8 @@ def test_series_number_that_is_missing_or_huge(tmp_path, number, expected):
 
 def test_text_is_fitted_to_dicom(tmp_path):
     source = make_source(tmp_path / "in", {"SpecificCharacterSet": "ISO_IR 100", "PatientName": "Müller^Zoë"})
-    dataset = derive(source, tmp_path / "out", description="T1\\ax " + "z" * 80, derivation="σ = 12")[0]
-    assert dataset.SeriesDescription == "T1/ax " + "z" * 58
+    dataset = derive(source, tmp_path / "out", description="a\\b " + "z" * 57, derivation="σ = 12")[0]
+    assert dataset.SeriesDescription == "T1 a/b " + "z" * 57
     assert dataset.DerivationDescription.startswith("σ = 12 (medfusion")
     assert dataset.PatientName == "Müller^Zoë"
 
