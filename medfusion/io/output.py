@@ -55,9 +55,10 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def check_output(out: Path, inputs: Path) -> None:
-    """Check, before work starts, that the folder ``out`` can be written and is apart from ``inputs``.
+    """Check, before work starts, that ``out`` can be written and is apart from ``inputs``.
 
-    Symbolic links are followed. Nothing is left behind and ``out`` itself is not made.
+    ``out`` is a folder, or one NIfTI file, which may exist: ``staged`` refuses or replaces it. Symbolic links are
+    followed. Nothing is left behind and ``out`` itself is not made.
 
     Raises
     ------
@@ -67,16 +68,16 @@ def check_output(out: Path, inputs: Path) -> None:
     if out_real == inputs_real or inputs_real in out_real.parents:
         where = "is" if out_real == inputs_real else "lies inside"
         raise MedfusionError(
-            f"the output folder {where} the input", out=out_real, input=inputs_real, fix="write beside the input"
+            f"the output {where} the input", out=out_real, input=inputs_real, fix="write beside the input"
         )
     if out_real in inputs_real.parents:
         raise MedfusionError(
-            "the input lies inside the output folder",
+            "the input lies inside the output",
             out=out_real,
             input=inputs_real,
             fix="choose an empty or new folder, for example a sub-folder beside the input",
         )
-    _probe(out_real)
+    _probe(out_real.parent if out.name.endswith((".nii", ".nii.gz")) else out_real)
 
 
 def _probe(folder: Path) -> None:

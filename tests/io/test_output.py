@@ -174,6 +174,15 @@ def test_separate_output_passes_and_leaves_nothing(tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["in", "there"]
 
 
+def test_one_file_to_another_beside_it_passes_even_if_it_exists(tmp_path):
+    for name in ("scan.nii.gz", "done.nii.gz"):
+        (tmp_path / name).touch()
+    check_output(tmp_path / "new.nii", tmp_path / "scan.nii.gz")
+    check_output(tmp_path / "done.nii.gz", tmp_path / "scan.nii.gz")
+    with pytest.raises(MedfusionError, match="is the input"):
+        check_output(tmp_path / "scan.nii.gz", tmp_path / "scan.nii.gz")
+
+
 @pytest.mark.parametrize(
     ("out", "inputs", "message"),
     [
@@ -185,18 +194,21 @@ def test_separate_output_passes_and_leaves_nothing(tmp_path):
         ("in", "link", "is the input"),
         (".", "in", "the input lies inside the output"),
         ("in", "in/scan.nii", "the input lies inside the output"),
-        ("in/scan.nii", "out", "a file is in the way"),
+        ("in/scan.txt", "out", "a file is in the way"),
+        ("in/scan.nii/out", "out", "a file is in the way"),
         ("in/scan.nii/deep/out", "out", "a file is in the way"),
+        ("in/scan.txt/out.nii", "out", "a file is in the way"),
     ],
 )
 def test_output_tangled_with_input_or_blocked(tmp_path, out, inputs, message):
     (tmp_path / "in").mkdir()
-    (tmp_path / "in" / "scan.nii").write_text("voxels")
+    for name in ("scan.nii", "scan.txt"):
+        (tmp_path / "in" / name).write_text("voxels")
     (tmp_path / "link").symlink_to(tmp_path / "in")
     with pytest.raises(MedfusionError, match=message) as error:
         check_output(tmp_path / out, tmp_path / inputs)
     assert error.value.fix
-    assert everything(tmp_path / "in") == {"scan.nii": "voxels"}
+    assert everything(tmp_path / "in") == {"scan.nii": "voxels", "scan.txt": "voxels"}
 
 
 @pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs a folder that nobody may write to")
