@@ -1,0 +1,9 @@
+"""Scans in and out: discover what is on disk, read it, write results back in the same format."""
+
+from medfusion.io.derived import write_derived_series
+from medfusion.io.discover import discover, read
+from medfusion.io.nifti import write_nifti
+from medfusion.io.output import staged
+from medfusion.io.series import Series
+
+__all__ = ["Series", "discover", "read", "staged", "write_derived_series", "write_nifti"]
