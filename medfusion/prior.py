@@ -74,7 +74,9 @@ class Prior:
             given = context
             if given is not None:
                 grown = [n // 2 - m for n, m in zip(x.shape[2:], given.shape[2:], strict=True)]
-                given = F.pad(given.to(x.device), _far_side(grown), mode="replicate") if any(grown) else given.to(x.device)
+                given = (
+                    F.pad(given.to(x.device), _far_side(grown), mode="replicate") if any(grown) else given.to(x.device)
+                )
             with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bfloat16(x.device)):
                 output = self.network(x, log_noise_ratio.to(x.device), given)
             return output[..., : shape[0], : shape[1], : shape[2]]
@@ -85,7 +87,9 @@ class Prior:
         """Write weights in half precision and everything else as JSON in the file's metadata."""
         from safetensors.torch import save_file
 
-        weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in self.network.state_dict().items()}
+        weights = {
+            name: tensor.detach().cpu().half().contiguous() for name, tensor in self.network.state_dict().items()
+        }
         metadata = {
             "format": FORMAT,
             "config": self.config.model_dump_json(),
@@ -110,7 +114,9 @@ class Prior:
         try:
             network.load_state_dict({key: value.float() for key, value in load_file(path).items()})
         except (SafetensorError, RuntimeError) as error:
-            raise MedfusionError(f"{path}: the weights do not fit the config beside them", problem=str(error)[:200]) from error
+            raise MedfusionError(
+                f"{path}: the weights do not fit the config beside them", problem=str(error)[:200]
+            ) from error
         network.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
         return cls(config, network, provenance)
 

@@ -36,4 +36,5 @@ class Series:
 
     @property
     def usable(self) -> bool:
+        """Whether the scan can be read and used as it is."""
         return not self.problems

@@ -29,7 +29,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of text and numbers; a cell that says "done", "failed" or "skipped" is drawn as a badge."""
+    """Rows of text and numbers; a cell that says "done", "skipped", "refused" or "failed" is drawn as a badge."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[object]]
@@ -94,38 +94,34 @@ def write_report(path: Path, title: str, sections: Sequence[Section], *, subtitl
 
 
 def run_section(run: Mapping[str, Any], title: str = "This run") -> Section:
-    """What was done, with what, and what failed, from the content of ``run.json``.
-
-    ``run`` holds command, version, seed, device, seconds, config, and cases: each with name, status ("done", "failed"
-    or "skipped"), seconds, outputs (paths) and message.
-    """
+    """What was done, with what, and what failed, from the content of ``run.json``."""
     import yaml
 
     cases = run["cases"]
-    failed = [case["name"] for case in cases if case["status"] == "failed"]
+    troubled = [case["name"] for case in cases if case["status"] in ("failed", "refused")]
     count = f"{len(cases)} case{'' if len(cases) == 1 else 's'}"
-    verdict = f"{len(failed)} of {count} failed: {', '.join(failed)}." if failed else f"{count}, none failed."
+    verdict = f"{len(troubled)} of {count} failed: {', '.join(troubled)}." if troubled else f"{count}, none failed."
     facts = {
         "Command": run["command"],
-        "Version": run["version"],
-        "Device": run["device"],
-        "Seed": run["seed"],
+        "Prior": run["prior"]["name"],
+        "Device": run["environment"]["device"],
         "Duration": format_seconds(run["seconds"]),
-        "Cases": len(cases),
     }
     rows = [
         (
             case["name"],
             case["status"],
             format_seconds(case["seconds"]),
-            "\n".join(map(str, case["outputs"])),
+            "\n".join(Path(output).name for output in case["outputs"]),
             case["message"],
         )
         for case in cases
     ]
-    table = Table(("Case", "Status", "Time", "Outputs", "Message"), rows)
-    configuration = Details("Configuration", yaml.safe_dump(run["config"], sort_keys=False, allow_unicode=True))
-    return Section(title, [verdict, KeyValues(facts), table, configuration])
+    table = Table(("Case", "Status", "Time", "Outputs", "Result"), rows)
+    details = {key: run[key] for key in ("settings", "prior", "environment")}
+    return Section(
+        title, [verdict, KeyValues(facts), table, Details("Settings", yaml.safe_dump(details, sort_keys=False))]
+    )
 
 
 def format_cell(value: object) -> str:

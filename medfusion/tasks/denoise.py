@@ -119,7 +119,13 @@ def denoise(
         if series.kind == "dicom" and not single_file(output):
             derivation = f"Diffusion posterior mean, prior {loaded.name}, noise {how}"
             write_derived_series(
-                result.volume, series, target, description="denoised", derivation=derivation, overwrite=replace
+                result.volume,
+                series,
+                target,
+                description="denoised",
+                derivation=derivation,
+                smoothing=True,
+                overwrite=replace,
             )
         else:
             write_nifti(result.volume, target, overwrite=replace)

@@ -102,8 +102,9 @@ def _loss_of_step(
     seed, size = config.training.seed, config.training.batch
     batch = draw_batch(cases, config.data, size, seed=seed, step=step)
     generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    # t = u^2 puts half of the times below 0.25, where denoising and detection work, and still covers generation
-    t = torch.rand(size, generator=generator).square()
+    # half of the times uniform, for generation; half t = u^2, half of those below 0.25, where scans are denoised
+    uniform, low = torch.rand(2, size, generator=generator)
+    t = torch.where(torch.rand(size, generator=generator) < 0.5, uniform, low.square())
     noise = torch.randn(batch.images.shape, generator=generator)
     return _loss(network, process, config, batch, noise, t, device).mean()
 

@@ -164,11 +164,10 @@ class Page(HTMLParser):
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)>\"'&"
 RUN = {
     "command": "medfusion denoise in --out out",
-    "version": "0.1.0",
-    "seed": 0,
-    "device": "cpu",
+    "settings": {"sigma": 2.5},
+    "prior": {"name": "brain-t1"},
+    "environment": {"device": "cpu"},
     "seconds": 312.4,
-    "config": {"prior": {"spacing": 2.0}},
     "cases": [
         {"name": "sub-01", "status": "done", "seconds": 4.2, "outputs": ["sub-01.nii.gz"], "message": ""},
         {"name": HOSTILE, "status": "failed", "seconds": 0.3, "outputs": [], "message": "image and mask differ"},
@@ -231,7 +230,7 @@ def test_run_section_names_what_failed(tmp_path: Path) -> None:
         "image and mask differ",
         "5\N{NO-BREAK SPACE}min\N{NO-BREAK SPACE}12",
         "sub-01.nii.gz",
-        "spacing: 2.0",
+        "sigma: 2.5",
     ):
         assert shown in html
     assert html.count('class="badge failed"') == 1

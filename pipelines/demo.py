@@ -1,0 +1,140 @@
+"""All commands once on sample_data/ with the shipped prior, measured against the truth, in one report.
+
+make demo        (or: python pipelines/demo.py; writes to demo/)
+"""
+
+import csv
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from medfusion.cli.inspect import inspect
+from medfusion.cli.show import show_run
+from medfusion.data.grid import onto_grid
+from medfusion.io import discover, read
+from medfusion.metrics import dice, psnr
+from medfusion.report import Figure, Section, Table, comparison_figure, run_section, slice_figure, write_report
+from medfusion.tasks.augment import augment
+from medfusion.tasks.denoise import denoise
+from medfusion.tasks.detect import detect
+from medfusion.tasks.runner import Run
+from medfusion.volume import Volume
+
+ROOT = Path(__file__).parent.parent
+SAMPLES, OUT = ROOT / "sample_data", ROOT / "demo"
+
+
+def load(path: Path) -> Volume:
+    """The one scan at a path."""
+    return read(discover(path)[0])
+
+
+def found_section() -> Section:
+    """What inspect says, for the report."""
+    rows = [(s.name, s.kind, s.modality, " x ".join(map(str, s.shape)), len(s.files)) for s in discover(SAMPLES)]
+    text = "A procedural T1-weighted head made from the ICBM 152 tissue maps; sample_data/README.md says how."
+    return Section("What was found", [text, Table(("Scan", "Format", "Modality", "Shape", "Files"), rows)])
+
+
+def denoise_section(nifti: Run, dicom: Run) -> Section:
+    """PSNR against the clean head, and a picture."""
+    clean, noisy = load(SAMPLES / "head_clean.nii.gz"), load(SAMPLES / "noisy")
+    brain = load(SAMPLES / "head_brain_mask.nii.gz").array
+    peak = json.loads((SAMPLES / "truth.json").read_text())["percentile_99_of_head_clean"]
+    results = {"noisy": noisy, "denoised": load(OUT / "denoised"), "denoised DICOM": load(OUT / "denoised_dicom")}
+    rows = []
+    for name, volume in results.items():
+        on_grid = onto_grid(volume, clean) if volume.shape != clean.shape else volume.array
+        rows.append((name, psnr(clean.array, on_grid, brain, peak)))
+        print(f"PSNR in the brain, {name}: {rows[-1][1]:.2f} dB")
+    picture = comparison_figure(
+        {"noisy": noisy, "denoised": results["denoised"], "truth": clean}, difference=("noisy", "denoised")
+    )
+    table = Table(("Volume", "PSNR in the brain, dB"), rows)
+    text = f"NIfTI: {nifti.cases[0].message}. DICOM series: {dicom.cases[0].message}."
+    return Section("Denoise", [text, table, Figure(picture, "Noisy, denoised and clean head, and what was removed")])
+
+
+def detect_section() -> Section:
+    """Overlap with the planted lesions, which of them were found, and a picture."""
+    scan, truth = load(SAMPLES / "lesions"), load(SAMPLES / "lesions_truth")
+    anomaly, mask, rebuilt = (
+        load(OUT / f"detected/head_lesions_{k}.nii.gz") for k in ("anomaly", "mask", "reconstruction")
+    )
+    overlap = dice(truth.array, mask.array)
+    print(f"Dice of the mask with the planted lesions: {overlap:.3f}")
+    rows = []
+    for lesion in json.loads((SAMPLES / "truth.json").read_text())["lesions"]:
+        voxel = np.linalg.solve(scan.affine, [*lesion["centre_mm"], 1])[:3].round().astype(int)
+        near = tuple(slice(max(0, v - 3), v + 4) for v in voxel)
+        hit = bool((mask.array[near] * truth.array[near]).any())
+        rows.append(
+            (
+                lesion["kind"],
+                f"{lesion['volume_ml']} ml",
+                float(anomaly.array[near].max()),
+                "found" if hit else "missed",
+            )
+        )
+    with (OUT / "detected/head_lesions_findings.csv").open() as file:
+        findings = list(csv.DictReader(file))
+    columns = ("x", "y", "z", "volume_ml", "peak", "mean", "direction")
+    listed = [[finding[column] for column in columns] for finding in findings[:15]]
+    heat = slice_figure(
+        scan, overlay=anomaly.array, threshold=2.0, overlay_label="standard deviations", mask=truth.array
+    )
+    sides = comparison_figure(
+        {"scan": scan, "reconstruction": rebuilt}, difference=("scan", "reconstruction"), mask=truth.array
+    )
+    return Section(
+        "Detect",
+        [
+            f"Dice of the mask with the planted lesions: {overlap:.3f}; {len(findings)} region(s) found.",
+            Table(("Planted lesion", "Volume", "Peak of the heatmap, SD", "In the mask"), rows),
+            Figure(
+                heat, "Heatmap over the scan, planted lesions outlined", "Heatmap; the planted lesions are outlined."
+            ),
+            Figure(sides, "Scan, reconstruction and their difference", "Scan, what the prior makes of it, difference."),
+            Table(columns, listed, "The findings, largest peak first (at most 15)."),
+        ],
+    )
+
+
+def augment_section() -> Section:
+    """The new volumes beside the real one that lent its grid."""
+    real = load(SAMPLES / "head_clean.nii.gz")
+    new = {f"synthetic {k}": load(path) for k, path in enumerate(sorted((OUT / "augmented/imagesTr").glob("*")), 1)}
+    picture = comparison_figure({"sample head": real, **new})
+    text = "New volumes from pure noise, as an nnU-Net raw dataset; provenance.json marks every case as synthetic."
+    return Section("Augment", [text, Figure(picture, "The sample head and the new volumes")])
+
+
+def main() -> None:
+    """Run the demo."""
+    began = time.monotonic()
+    inspect(SAMPLES, as_json=False)
+    runs = {}
+    runs["denoised"] = denoise(SAMPLES / "noisy", OUT / "denoised", overwrite=True)
+    runs["denoised_dicom"] = denoise(SAMPLES / "noisy_dicom", OUT / "denoised_dicom", overwrite=True)
+    runs["detected"] = detect(SAMPLES / "lesions", OUT / "detected", overwrite=True)
+    runs["augmented"] = augment(SAMPLES / "head_clean.nii.gz", OUT / "augmented", number=2, overwrite=True)
+    failed = sum(show_run(run, OUT / folder) for folder, run in runs.items())
+    if failed:
+        raise SystemExit(1)
+    sections = [
+        found_section(),
+        denoise_section(runs["denoised"], runs["denoised_dicom"]),
+        detect_section(),
+        augment_section(),
+        *(run_section(asdict(run), f"Run: {run.command} ({folder})") for folder, run in runs.items()),
+    ]
+    report = OUT / "report.html"
+    write_report(report, "medfusion on its sample data", sections)
+    print(f"Done in {time.monotonic() - began:.0f} s. Report: {report}")
+
+
+if __name__ == "__main__":
+    main()
