@@ -163,4 +163,7 @@ def read_metadata(path: Path) -> tuple[Config, dict[str, Any]]:
         raise MedfusionError(f"{path}: not a safetensors file", problem=str(error)) from error
     if metadata.get("format") != FORMAT:
         raise MedfusionError(f"{path}: not a medfusion prior", format=metadata.get("format", "none"), expected=FORMAT)
-    return Config.model_validate_json(metadata["config"]), json.loads(metadata["provenance"])
+    try:
+        return Config.model_validate_json(metadata["config"]), json.loads(metadata["provenance"])
+    except (KeyError, ValueError) as error:
+        raise MedfusionError(f"{path}: its metadata cannot be read", problem=str(error)[:200]) from error
