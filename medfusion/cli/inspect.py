@@ -75,25 +75,30 @@ def _intensity_range(series: Series) -> list[float]:
 
 
 def _print_table(rows: list[dict[str, Any]]) -> None:
+    """A table that fits 80 columns, every problem in full below it."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
     console = Console()
-    table = Table("Name", "Kind", "Modality", "Shape", "Spacing mm", "Axes", "Intensity", "Problems")
+    table = Table("Name", "Format", "Shape", "Spacing mm", "Axes", "Intensity", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.columns[0].overflow = "fold"
+    for column in table.columns[1:]:
+        column.no_wrap = True
     for row in rows:
         table.add_row(
             escape(row["name"]),
-            row["kind"],
-            escape(row["modality"]),
-            " x ".join(map(str, row["shape"])),
-            " x ".join(f"{length:.4g}" for length in row["spacing"] or []),
+            escape(f"{row['modality']} {row['kind']}".strip()),
+            "×".join(map(str, row["shape"])),
+            "×".join(f"{length:.3g}" for length in row["spacing"] or []),
             row["orientation"],
-            " to ".join(f"{value:.5g}" for value in row["intensity_range"] or []),
-            str(len(row["problems"]) or ""),
+            "see below" if row["problems"] else " to ".join(f"{value:.5g}" for value in row["intensity_range"]),
         )
     console.print(table)
-    for row in rows:
+    troubled = [row for row in rows if row["problems"]]
+    if troubled:
+        console.print(f"Problems in {len(troubled)} of {len(rows)}:", highlight=False)
+    for row in troubled:
         for problem in row["problems"]:
-            console.print(f"{row['name']}: {problem}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {row['name']}: {problem}", markup=False, highlight=False, soft_wrap=True)

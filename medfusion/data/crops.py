@@ -80,6 +80,30 @@ def context_channels(
     return context
 
 
+def mean_atlas(cases: Sequence[Case], shape: Sequence[int], reach: float) -> Tensor:
+    """(1, 2, n, n, n): mean of the whole and of the skull-stripped images, air where there are none.
+
+    ``shape`` is that of the result; its outermost voxels lie ``reach`` position units from the foreground's centroid.
+    """
+    atlas = torch.full(tuple(shape), -1.0)
+    line = torch.linspace(-reach, reach, shape[-1]) / POSITION_SCALE
+    for channel, kind in enumerate((WHOLE_HEAD, STRIPPED)):
+        chosen = [case for case in cases if case.kind == kind]
+        total = torch.zeros(tuple(shape[2:]))
+        for case in chosen:
+            # millimetres from the centroid to grid_sample's -1 to 1 over the centres of the outermost voxels
+            axes = [
+                2 * (line / case.spacing + float(c)) / (n - 1) - 1
+                for c, n in zip(case.centre, case.image.shape, strict=True)
+            ]
+            grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)
+            image = case.image.float()[None, None]
+            total += F.grid_sample(image, grid[None], padding_mode="border", align_corners=True)[0, 0]
+        if chosen:
+            atlas[0, channel] = total / len(chosen)
+    return atlas
+
+
 def draw_batch(cases: Sequence[Case], config: DataConfig, size: int, *, seed: int, step: int) -> Batch:
     """``size`` random crops for training step ``step``."""
     rng = np.random.default_rng((seed, step))

@@ -19,10 +19,11 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from medfusion.config import Config
-from medfusion.data.crops import Batch, Case, draw_batch, split, validation_batches
+from medfusion.data.crops import Batch, Case, draw_batch, mean_atlas, split, validation_batches
 from medfusion.diffusion import Process, simple_loss
 from medfusion.errors import MedfusionError
 from medfusion.networks import ResidualUNet
+from medfusion.networks.residual_unet import ATLAS, ATLAS_REACH
 from medfusion.prior import Prior, build_network, fast_bfloat16
 
 VALIDATION_TIMES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)
@@ -56,7 +57,9 @@ def train(
     if not training:
         raise MedfusionError(f"{len(cases)} scan(s) and {config.data.validation} held out leave none to train on")
     torch.manual_seed(config.training.seed)
-    network = build_network(config).to(accelerator.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    network = build_network(config)
+    network.atlas.copy_(mean_atlas(training, ATLAS, ATLAS_REACH))
+    network = network.to(accelerator.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     ema = build_network(config).to(accelerator.device)
     ema.load_state_dict(network.state_dict())
     optimizer = torch.optim.AdamW(

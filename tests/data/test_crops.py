@@ -11,11 +11,14 @@ from medfusion.data.crops import (
     Case,
     context_channels,
     draw_batch,
+    mean_atlas,
     prepare,
     split,
     stripped,
     validation_batches,
 )
+from medfusion.networks import ResidualUNet
+from medfusion.networks.residual_unet import ATLAS, ATLAS_REACH
 from medfusion.volume import Volume
 from tests.data.test_intensity import head
 
@@ -79,3 +82,21 @@ def test_stripping_sets_the_outside_to_the_background_and_keeps_the_brain():
     result = stripped(Volume(image, np.eye(4), "v"), brain).array
     np.testing.assert_array_equal(result[brain], image[brain])
     assert result[30:].max() == pytest.approx(image.min())
+
+
+def test_the_atlas_is_the_mean_image_around_the_centroid_read_back_at_any_position():
+    ramp = torch.arange(40.0)[:, None, None].expand(40, 40, 40) / 40
+    cases = [
+        Case("a", ramp.half(), np.array([20.0, 20.0, 20.0]), 2.0, WHOLE_HEAD),
+        Case("b", (ramp + 0.5).half(), np.array([20.0, 20.0, 20.0]), 2.0, WHOLE_HEAD),
+    ]
+    atlas = mean_atlas(cases, ATLAS, ATLAS_REACH)
+    assert atlas.shape == ATLAS
+    assert bool((atlas[0, 1] == -1).all())  # no skull-stripped image was given: air
+    network = ResidualUNet((8, 16), (1, 1))
+    network.atlas.copy_(atlas)
+    context = context_channels((8, 8, 8), (18, 10, 10), cases[0].centre, 2.0, WHOLE_HEAD)[None]
+    expected = network.expected(context)[0, 0]
+    # folded voxels of the block begin at index 18 and average pairs: 18.5, 20.5, ...
+    torch.testing.assert_close(expected[:, 0, 0], torch.tensor([18.5, 20.5, 22.5, 24.5]) / 40 + 0.25, atol=2e-3, rtol=0)
+    assert bool((network.expected(torch.zeros(1, 4, 4, 4, 4)) == 0).all())

@@ -31,7 +31,7 @@ def test_a_sound_folder(tmp_path: Path) -> None:
     done = inspect(tmp_path)
     assert done.returncode == 0, done.stderr
     row = next(line for line in done.stdout.splitlines() if "001_t1_mprage" in line)
-    for cell in ("dicom", "MR", "5 x 6 x 4", "0.9 x 1.1 x 2.5", "PIR", f"{array.min()} to {array.max()}"):
+    for cell in ("dicom", "MR", "5×6×4", "0.9×1.1×2.5", "PIR", f"{array.min()} to {array.max()}"):
         assert cell in row
 
 
