@@ -85,7 +85,7 @@ class Prior:
 
     def save(self, path: Path) -> None:
         """Write weights in half precision and everything else as JSON in the file's metadata."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         weights = {
             name: tensor.detach().cpu().half().contiguous() for name, tensor in self.network.state_dict().items()
@@ -95,7 +95,7 @@ class Prior:
             "config": self.config.model_dump_json(),
             "provenance": json.dumps(self.provenance, sort_keys=True),
         }
-        save_file(weights, path, metadata)
+        path.write_bytes(save(weights, metadata))  # save_file would make a file that only its owner can read
 
     @classmethod
     def load(cls, name_or_path: str | Path, device: str | torch.device = "cpu") -> Prior:

@@ -1,0 +1,128 @@
+"""Tiny priors whose answers are known in closed form, and one phantom head on any grid."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import nibabel
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from medfusion.config import Config
+from medfusion.data.grid import canonical, resampled
+from medfusion.data.intensity import measure_scale
+from medfusion.prior import Prior, build_network
+from medfusion.volume import Volume
+
+CENTRE = np.array([3.0, -5.0, 7.0])  # world millimetres, RAS, of the phantom's centre
+RADIUS = 36.0  # mm
+PROVENANCE = {"data": "phantoms", "training_scans": 4, "validation_scans": 1, "steps": 1, "licence": ""}
+
+
+def tiny_config(**sections: dict[str, Any]) -> Config:
+    """The smallest network on crops of 16 voxels; ``training={"steps": 5}`` changes settings of a section."""
+    tree: dict[str, Any] = {
+        "name": "tiny",
+        "network": {"channels": (8, 16), "blocks": (1, 1)},
+        "data": {"crop": 16, "validation": 1},
+        "training": {"steps": 4, "warmup": 2, "checkpoint_every": 2, "learning_rate": 3e-3},
+    }
+    for name, changes in sections.items():
+        tree[name] = tree.get(name, {}) | changes
+    return Config.model_validate(tree)
+
+
+def white_prior() -> Prior:
+    """The exact prior of white noise N(0, 1): its network answers v = 0, so E[x_0 | x_t] = alpha(t) x_t."""
+    config = tiny_config()
+    network = build_network(config)
+    nn.init.zeros_(network.tail.bias)  # the tail's weight is zero from the start
+    return Prior(config, network.eval().requires_grad_(False), PROVENANCE)
+
+
+def random_prior(seed: int = 0) -> Prior:
+    """No weight is zero: the answer depends on neighbours, noise level and context."""
+    network, generator = build_network(tiny_config()), torch.Generator().manual_seed(seed)
+    for parameter in network.requires_grad_(False).parameters():
+        gain = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
+        parameter.copy_(gain * torch.randn(parameter.shape, generator=generator))
+    return Prior(tiny_config(), network.eval(), PROVENANCE)
+
+
+class Memory(nn.Module):
+    """A network that answers with one known image, whatever it is shown."""
+
+    multiple = 2
+
+    def __init__(self, image: NDArray[np.float32]) -> None:
+        super().__init__()
+        padding = [value for n in reversed(image.shape) for value in (0, n % 2)]
+        self.image = nn.Parameter(F.pad(torch.from_numpy(image)[None, None], padding), requires_grad=False)
+
+    def forward(self, x: Tensor, log_noise_ratio: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.image.expand_as(x)
+
+
+def knowing_prior(scan: Volume, healthy: Volume) -> Prior:
+    """The prior that rebuilds exactly ``healthy`` from ``scan``, which lies on the same grid in the same units."""
+    config = tiny_config(process={"prediction": "x0"})
+    grid, truth = (resampled(canonical(volume), config.preprocessing.spacing) for volume in (scan, healthy))
+    image = measure_scale(grid.array, config.preprocessing.percentile).apply(truth.array)
+    return Prior(config, Memory(image), PROVENANCE)  # type: ignore[arg-type]
+
+
+def saved(prior: Prior, folder: Path) -> str:
+    """Save and return what ``--prior`` takes."""
+    path = folder / f"{prior.name}.safetensors"
+    prior.save(path)
+    return str(path)
+
+
+def grid(
+    shape: Sequence[int],
+    spacing: Sequence[float] = (2.0, 2.0, 2.0),
+    axes: str = "RAS",
+    angles: Sequence[float] = (0.0, 0.0, 0.0),
+) -> NDArray[np.float64]:
+    """Voxel to world of a grid around the phantom; ``angles`` in degrees turn it away from the nearest ``axes``."""
+    affine = np.eye(4)
+    for column, (axis, sign) in enumerate(nibabel.orientations.axcodes2ornt(axes)):
+        affine[:3, column] = sign * np.eye(3)[int(axis)] * spacing[column]
+    affine[:3, :3] = Rotation.from_euler("xyz", angles, degrees=True).as_matrix() @ affine[:3, :3]
+    affine[:3, 3] = CENTRE - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
+    return affine
+
+
+def head(
+    affine: NDArray[np.float64],
+    shape: Sequence[int],
+    *,
+    noise: float = 0.0,
+    seed: int = 0,
+    lesion: tuple[Sequence[float], float, float] | None = None,
+) -> NDArray[np.float32]:
+    """A ball of uneven tissue (350 to 950) in air (0), without symmetry; the same in world space on every grid.
+
+    ``lesion`` is a ball: its centre in world millimetres, its radius, and what it adds to the tissue.
+    """
+    world = nibabel.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    x, y, z = np.moveaxis(world - CENTRE, -1, 0)
+    tissue = 650 + 300 * np.sin(x / 12 + 1) * np.sin(y / 15 + 0.5) * np.cos(z / 10)
+    image = np.where(np.sqrt(x**2 + y**2 + z**2) < RADIUS, tissue, 0.0)
+    if lesion is not None:
+        centre, radius, change = lesion
+        image += np.where(np.linalg.norm(world - centre, axis=-1) < radius, change, 0.0)
+    return (image + noise * np.random.default_rng(seed).normal(size=image.shape)).astype(np.float32)
+
+
+def write_head(path: Path, *, noise: float = 30.0, seed: int = 0, size: int = 40) -> Path:
+    """A noisy head at 2 mm as a NIfTI file of int16."""
+    affine = grid((size,) * 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = head(affine, (size,) * 3, noise=noise, seed=seed)
+    nibabel.save(nibabel.Nifti1Image(array.round().astype(np.int16), affine), path)
+    return path

@@ -1,0 +1,153 @@
+"""Prior: one file that holds everything; what is not such a file is refused; any shape may be asked about."""
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from prior_factory import PROVENANCE, random_prior, saved, tiny_config, white_prior
+from safetensors.torch import save_file
+
+from medfusion.errors import MedfusionError
+from medfusion.prior import Prior, build_network, prior_path, read_metadata, shipped
+
+TIME = torch.tensor([0.3], dtype=torch.float64)
+
+
+def ask(prior: Prior, x: torch.Tensor, context: torch.Tensor | None = None) -> torch.Tensor:
+    return prior.denoiser(context)(x, TIME)
+
+
+def image(*shape: int) -> torch.Tensor:
+    return torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(5))
+
+
+def test_a_saved_prior_comes_back_with_everything(tmp_path: Path) -> None:
+    prior = random_prior()
+    again = Prior.load(saved(prior, tmp_path))
+    assert (again.name, again.config, again.provenance) == ("tiny", prior.config, PROVENANCE)
+    assert again.process == prior.process
+    for name, weight in again.network.state_dict().items():
+        torch.testing.assert_close(weight, prior.network.state_dict()[name].half().float(), rtol=0, atol=0)
+    # 2^-11 is the rounding of a weight to half precision, 2^-8 that of each activation where bfloat16 is native
+    before, after = ask(prior, image(12, 16, 8)), ask(again, image(12, 16, 8))
+    torch.testing.assert_close(after, before, rtol=0, atol=0.02 * float(before.std()))
+
+
+def test_a_saved_prior_has_the_rights_of_any_new_file(tmp_path: Path) -> None:
+    (tmp_path / "other").touch()
+    assert Path(saved(white_prior(), tmp_path)).stat().st_mode == (tmp_path / "other").stat().st_mode
+
+
+def test_a_loaded_prior_is_ready_for_use(tmp_path: Path) -> None:
+    prior = Prior.load(saved(random_prior(), tmp_path), "cpu")
+    assert prior.device.type == "cpu"
+    assert not prior.network.training
+    assert not any(parameter.requires_grad for parameter in prior.network.parameters())
+
+
+def test_metadata_are_read_without_the_weights(tmp_path: Path) -> None:
+    config, provenance = read_metadata(Path(saved(white_prior(), tmp_path)))
+    assert config == tiny_config()
+    assert provenance == PROVENANCE
+
+
+def test_an_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(MedfusionError, match="brain-t9: neither a shipped prior nor a file") as error:
+        Prior.load("brain-t9")
+    assert error.value.facts["shipped"] == (", ".join(shipped()) or "none")
+
+
+def test_a_folder_is_not_a_prior(tmp_path: Path) -> None:
+    with pytest.raises(MedfusionError, match="neither a shipped prior nor a file"):
+        prior_path(tmp_path)
+
+
+class Bomb:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "torch.save"])
+def test_a_pickle_is_refused_unread(tmp_path: Path, zipped: bool) -> None:
+    path, trace = tmp_path / "prior.safetensors", tmp_path / "executed"
+    if zipped:
+        torch.save(Bomb(trace), path)
+    else:
+        path.write_bytes(pickle.dumps(Bomb(trace)))
+    with pytest.raises(MedfusionError, match="not a safetensors file"):
+        Prior.load(path)
+    assert not trace.exists()
+
+
+def test_other_safetensors_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_file({"weight": torch.zeros(3)}, path, {"format": "pt"})
+    with pytest.raises(MedfusionError, match="not a medfusion prior") as error:
+        Prior.load(path)
+    assert error.value.facts == {"format": "pt", "expected": "medfusion-prior-1"}
+
+
+@pytest.mark.parametrize("keep", [0, 5, 100, -10], ids=["empty", "length", "header", "weights"])
+def test_a_truncated_prior_is_refused(tmp_path: Path, keep: int) -> None:
+    path = Path(saved(white_prior(), tmp_path))
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(MedfusionError, match=r"tiny.safetensors: not a safetensors file"):
+        Prior.load(path)
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "mixed.safetensors"
+    other = build_network(tiny_config(network={"channels": (4, 8)}))
+    Prior(tiny_config(), other, PROVENANCE).save(path)
+    with pytest.raises(MedfusionError, match="the weights do not fit the config beside them"):
+        Prior.load(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda metadata: metadata.pop("provenance"),
+        lambda metadata: metadata.update(config="{"),
+        lambda metadata: metadata.update(config=json.dumps(json.loads(metadata["config"]) | {"future": 1})),
+    ],
+    ids=["no provenance", "not JSON", "unknown setting"],
+)
+def test_metadata_that_cannot_be_read_are_refused(tmp_path: Path, change) -> None:
+    path = tmp_path / "prior.safetensors"
+    metadata = {"format": "medfusion-prior-1", "config": tiny_config().model_dump_json(), "provenance": "{}"}
+    change(metadata)
+    save_file({"weight": torch.zeros(3)}, path, metadata)
+    with pytest.raises(MedfusionError, match="its metadata cannot be read"):
+        Prior.load(path)
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (17, 15, 21), (5, 6, 7), (1, 30, 2)])
+@pytest.mark.parametrize("located", [False, True], ids=["unknown", "context"])
+def test_any_shape_may_be_asked_about(shape: tuple[int, int, int], located: bool) -> None:
+    context = torch.randn(1, 4, *[(n + 1) // 2 for n in shape]) if located else None
+    x = image(*shape)
+    answer = ask(white_prior(), x, context)
+    torch.testing.assert_close(answer, x * float(white_prior().process.alpha(TIME)))  # the shape is checked too
+    assert ask(random_prior(), x, context).shape == x.shape
+
+
+def test_padding_is_on_the_far_side_and_repeats_the_edge() -> None:
+    prior, x = random_prior(), image(17, 15, 22)
+    padded = torch.nn.functional.pad(x, (0, 2, 0, 1, 0, 3), mode="replicate")
+    torch.testing.assert_close(ask(prior, x), ask(prior, padded)[..., :17, :15, :22], rtol=0, atol=0)
+
+
+def test_the_network_is_told_the_context() -> None:
+    prior, x = random_prior(), image(16, 16, 16)
+    unknown, zeros, given = (
+        ask(prior, x, context) for context in (None, torch.zeros(1, 4, 8, 8, 8), torch.ones(1, 4, 8, 8, 8))
+    )
+    torch.testing.assert_close(unknown, zeros, rtol=0, atol=0)
+    assert float((given - unknown).abs().mean()) > 0.05
