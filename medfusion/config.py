@@ -50,7 +50,7 @@ class PreprocessingConfig(Strict):
 class DataConfig(Strict):
     """Which scans of the data folder are used and how crops are drawn from them."""
 
-    images: str = "*"  # file-name pattern of the scans
+    images: str = "*"  # file-name pattern of the NIfTI files; DICOM series are always taken
     masks: str = ""  # same names with this ending hold brain masks (>0): adds the skull-stripped twin of each scan
     stripped_share: float = Field(0.3, ge=0, le=1)  # of the crops, when masks are given
     validation: int = Field(8, ge=1)  # scans held out, chosen by the seed

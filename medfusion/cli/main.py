@@ -63,7 +63,7 @@ def denoise_command(
     input: Input,
     output: Output,
     prior: PriorName = "brain-t1",
-    sigma: Annotated[float | None, typer.Option(help="Noise in the scan's units; default: estimated.")] = None,
+    sigma: Annotated[float | None, typer.Option(min=0, help="Noise in the scan's units; default: estimated.")] = None,
     device: Device = None,
     volume: VolumeIndex = None,
     overwrite: Overwrite = False,

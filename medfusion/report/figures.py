@@ -135,7 +135,7 @@ def comparison_figure(
             if title in columns:
                 _draw_slice(axes, volume, plane, position, box, grey)
             else:
-                half = (grey[1] - grey[0]) / 4
+                half = float(np.percentile(np.abs(volume.array), 99.9)) or 1.0
                 changes = _draw_slice(axes, volume, plane, position, box, (-half, half), colours)
             if mask is not None:
                 _draw_outline(axes, mask, first, plane, position, box)

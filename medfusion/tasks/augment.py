@@ -19,7 +19,7 @@ from medfusion.errors import MedfusionError
 from medfusion.io import Series, discover, read, staged, write_nifti
 from medfusion.prior import Prior
 from medfusion.tasks.checks import check_scan
-from medfusion.tasks.runner import Job, Run, Settings, run_jobs
+from medfusion.tasks.runner import Job, Run, Settings, require_folder, run_jobs
 from medfusion.volume import Volume
 
 LABELS = {"background": 0, "tissue": 1}  # an unconditional prior knows no anatomy by name; tissue against air it does
@@ -74,7 +74,8 @@ def augment(
     """Generate ``number`` new cases as the nnU-Net raw dataset ``output``; options as in ``generate_volume``.
 
     The scans under ``input`` take turns in lending field of view and intensity units. Every case is named
-    ``synth-SEED-NUMBER`` and listed with its seed, prior and settings in ``provenance.json``.
+    ``synth-SEED-NUMBER`` and listed with its seed, prior and settings in ``provenance.json``. Cases that earlier runs
+    left in ``output``, with another seed for instance, stay in the dataset.
 
     Raises
     ------
@@ -82,6 +83,7 @@ def augment(
     """
     if number < 1:
         raise MedfusionError(f"-n {number}: at least one case must be asked for")
+    require_folder(output)
     found = discover(input)
     usable = [series for series in found if series.usable]
     if not usable:
@@ -100,22 +102,33 @@ def augment(
     jobs, cases = [], []
     for index in range(number):
         series, name = usable[index % len(usable)], f"synth-{seed}-{index + 1:04d}"
-        image, label = output / "imagesTr" / f"{name}_0000.nii.gz", output / "labelsTr" / f"{name}.nii.gz"
+        image, label = _files_of(output, name)
         jobs.append(Job(name, [image, label], partial(work, name, series, image, label)))
-        cases.append({"case": name, "synthetic": True, "grid_of": series.name, "prior": prior, **options})
+        cases.append({"case": name, "synthetic": True, "grid_of": series.name, **options})
     run = run_jobs(settings, jobs)
-    done = {case.name for case in run.cases if case.status in ("done", "skipped")}
-    _write_dataset(output, [case for case in cases if case["case"] in done], prior)
+    _write_dataset(output, [case | {"prior": run.prior["name"]} for case in cases], run)
     return run
 
 
-def _write_dataset(output: Path, cases: list[dict[str, Any]], prior: str) -> None:
+def _files_of(output: Path, name: str) -> tuple[Path, Path]:
+    """Image and label of a case, as nnU-Net raw data sets name them."""
+    return output / "imagesTr" / f"{name}_0000.nii.gz", output / "labelsTr" / f"{name}.nii.gz"
+
+
+def _write_dataset(output: Path, cases: list[dict[str, Any]], run: Run) -> None:
+    """List every case that is there, those of earlier runs with the settings that made them."""
+    provenance = output / "provenance.json"
+    earlier = json.loads(provenance.read_text()) if provenance.exists() else []
+    listed = {case["case"]: case for case in earlier}
+    done = {case.name for case in run.cases if case.status == "done"}
+    listed |= {case["case"]: case for case in cases if case["case"] in done or case["case"] not in listed}
+    cases = [listed[name] for name in sorted(listed) if all(path.exists() for path in _files_of(output, name))]
     dataset = {
         "channel_names": {"0": "MRI"},
         "labels": LABELS,
         "numTraining": len(cases),
         "file_ending": ".nii.gz",
-        "name": f"synthetic {prior}",
+        "name": f"synthetic {run.prior['name']}",
         "description": "Every case is synthetic, see provenance.json. Labels: Otsu's threshold, tissue against air.",
     }
     for name, content in (("dataset.json", dataset), ("provenance.json", cases)):

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from monai.inferers.utils import sliding_window_inference
 from torch import Tensor
@@ -60,6 +61,7 @@ def denoise_volume(volume: Volume, prior: Prior, *, sigma: float | None = None, 
         return Denoised(volume, sigma, 0.0)
     clean = _posterior_mean(prior, torch.from_numpy(scale.apply(upright.array)), t, tile)
     array = from_canonical(scale.invert(clean.cpu().numpy()), volume)
+    array = np.maximum(array, volume.array.min())  # noise only widens the range: no clean voxel lies below it
     return Denoised(volume.with_array(array), sigma, t)
 
 

@@ -26,7 +26,7 @@ from medfusion.diffusion import ddim, noise_like, uniform_times
 from medfusion.io import Series, read, staged, write_nifti
 from medfusion.prior import Prior
 from medfusion.tasks.checks import check_scan
-from medfusion.tasks.runner import Run, Settings, run_jobs, scan_jobs
+from medfusion.tasks.runner import Run, Settings, require_folder, run_jobs, scan_jobs
 from medfusion.volume import Volume
 
 SMOOTHING = 1.0  # voxels of the prior's grid: a lesion is a region, a single voxel is noise
@@ -196,6 +196,7 @@ def detect(
     For each case, ``output`` receives ``CASE_anomaly.nii.gz`` (heatmap), ``CASE_reconstruction.nii.gz``,
     ``CASE_mask.nii.gz``, all on the input's grid, and ``CASE_findings.csv``. Options as in ``detect_volume``.
     """
+    require_folder(output)
     options = {
         "noise_time": noise_time,
         "steps": steps,

@@ -91,9 +91,35 @@ def single_file(output: Path) -> bool:
     return output.name.endswith((".nii", ".nii.gz"))
 
 
+def require_folder(output: Path) -> None:
+    """Refuse an output that is named like one NIfTI file, for tasks that write several files a case.
+
+    Raises
+    ------
+    MedfusionError : it is.
+    """
+    if single_file(output):
+        raise MedfusionError(f"{output}: one file cannot hold all results of a case", fix="name a folder instead")
+
+
 def pick_device(device: str | None) -> str:
-    """The device asked for, else the first GPU, else the CPU."""
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device asked for, else the first GPU, else the CPU.
+
+    Raises
+    ------
+    MedfusionError : this machine has no such device, or none that works.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise MedfusionError(
+            f"--device {device}: cannot be used on this machine",
+            reason=str(error).partition("\n")[0][:200],
+            fix="leave the option out, or name another device: cpu, cuda, cuda:1, ...",
+        ) from error
+    return device
 
 
 def scan_jobs(
