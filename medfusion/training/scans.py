@@ -25,18 +25,19 @@ def load_cases(
     """
     found = discover(folder, pattern=config.data.images)
     cases: list[Case] = []
-    problems: dict[str, str] = {}
+    problems: list[str] = []
     for index, series in enumerate(found, 1):
         progress(index, len(found), series.name)
         try:
             cases += _prepare_scan(series, config)
         except MedfusionError as error:
-            problems[series.name] = str(error).replace("\n", ";")
+            facts = ", ".join(f"{name} {value}" for name, value in error.facts.items())
+            problems.append(f"{error.what} ({facts})" if facts else error.what)
     if problems:
         raise MedfusionError(
             f"{folder}: {len(problems)} of {len(found)} scans cannot be trained on",
             fix="mend or move them, or narrow the choice: --set data.images='*_T1.nii.gz'",
-            **problems,
+            **{f"problem_{number}": problem for number, problem in enumerate(problems, start=1)},
         )
     return cases
 
