@@ -26,19 +26,19 @@ def train_prior(
     from medfusion.config import load_config
     from medfusion.io.output import check_output
     from medfusion.tasks.runner import environment, pick_device
-    from medfusion.training import load_cases, train
+    from medfusion.training import load_cases, read_checkpoint, train
 
     console = Console(stderr=True)
     config = load_config(config_path, overrides)
+    device = pick_device(device)
     check_output(out, data)
-    if (out / "checkpoint.pt").exists() and not (resume or overwrite):
+    if resume:
+        read_checkpoint(out, config)  # refused before the scans are read and before anything is written
+    elif not overwrite and any((out / name).exists() for name in ("checkpoint.pt", "prior.safetensors")):
         raise MedfusionError(f"{out}: holds a run already", fix="--resume to continue it, --overwrite to begin anew")
     cases = load_cases(data, config, lambda done, total, name: _note(console, f"reading {done}/{total} {name}"))
     console.print(f"{len({case.name for case in cases})} scans, {len(cases)} training images with their variants")
     out.mkdir(parents=True, exist_ok=True)
-    if not resume:
-        (out / "metrics.jsonl").unlink(missing_ok=True)
-    device = pick_device(device)
     record = {"command": "train", "data": str(data), "config": config.model_dump(), "environment": environment(device)}
     (out / "run.json").write_text(json.dumps(record, indent=2) + "\n")
     with _bar(console, config.training.steps) as advance:

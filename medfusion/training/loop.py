@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -68,7 +70,7 @@ def train(
     process = Process(config.process.schedule, config.process.steps)
     held_out = validation_batches(validation, config.data, config.training.seed)
     checkpoint = out / "checkpoint.pt"
-    start = _restore(checkpoint, network, ema, optimizer, config) if resume else 0
+    start = _restore(read_checkpoint(out, config), network, ema, optimizer) if resume else _clear(out)
     began = time.monotonic()
     for step in range(start, config.training.steps):
         for group in optimizer.param_groups:
@@ -177,16 +179,36 @@ def _save_checkpoint(
     partial.replace(path)  # atomic: a checkpoint is whole or the one before it
 
 
-def _restore(
-    path: Path, network: ResidualUNet, ema: ResidualUNet, optimizer: torch.optim.Optimizer, config: Config
-) -> int:
+def read_checkpoint(out: Path, config: Config) -> dict[str, Any]:
+    """What a run in the folder ``out`` is resumed from.
+
+    Raises
+    ------
+    MedfusionError : there is no checkpoint, it is damaged, or it was made with another config.
+    """
+    path = out / "checkpoint.pt"
     if not path.is_file():
-        raise MedfusionError(f"{path.parent}: no checkpoint to resume from", fix="leave out --resume to begin anew")
-    state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: nothing in the file is executed
+        raise MedfusionError(f"{out}: no checkpoint to resume from", fix="leave out --resume to begin anew")
+    try:
+        state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: nothing in it is executed
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise MedfusionError(f"{path}: damaged, or no checkpoint", fix="--overwrite to begin anew") from error
     if state["config"] != config.model_dump_json():
         raise MedfusionError(
             f"{path}: was made with another config", fix="resume with the same config, or choose a new --out"
         )
+    return state
+
+
+def _clear(out: Path) -> int:
+    """Remove what a later ``resume`` would take for this run's; returns the first step."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("checkpoint.pt", "metrics.jsonl"):
+        (out / name).unlink(missing_ok=True)
+    return 0
+
+
+def _restore(state: dict[str, Any], network: ResidualUNet, ema: ResidualUNet, optimizer: torch.optim.Optimizer) -> int:
     network.load_state_dict(state["network"])
     ema.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
