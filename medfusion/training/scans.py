@@ -36,7 +36,8 @@ def load_cases(
     if problems:
         raise MedfusionError(
             f"{folder}: {len(problems)} of {len(found)} scans cannot be trained on",
-            fix="mend or move them, or narrow the choice: --set data.images='*_T1.nii.gz'",
+            fix="mend or move them, or narrow the choice: --set data.images='*_T1.nii.gz'"
+            + (", or train without masks: --set data.masks=''" if config.data.masks else ""),
             **{f"problem_{number}": problem for number, problem in enumerate(problems, start=1)},
         )
     return cases
@@ -59,9 +60,7 @@ def _mask_of(series: Series, volume: Volume, config: Config) -> np.ndarray[tuple
     ending = config.data.images.rpartition("*")[2]
     path = image.with_name(image.name.removesuffix(ending) + config.data.masks)
     if not ending or not path.is_file():
-        raise MedfusionError(
-            f"{series.name}: no mask beside it", expected=path.name, fix="--set data.masks='' trains without"
-        )
+        raise MedfusionError(f"{series.name}: no mask beside it", expected=path.name)
     mask = read(discover(path)[0])
     if mask.shape != volume.shape:
         raise MedfusionError(

@@ -88,6 +88,7 @@ def test_all_problems_are_listed_at_once(tmp_path: Path) -> None:
     ):
         assert expected in message
     assert "a_good" not in message
+    assert "data.masks" not in error.value.fix
 
 
 def test_a_missing_mask_and_a_mask_of_another_shape(tmp_path: Path) -> None:
@@ -99,3 +100,4 @@ def test_a_missing_mask_and_a_mask_of_another_shape(tmp_path: Path) -> None:
     message = str(error.value)
     assert "none_T1: no mask beside it (expected none_mask.nii.gz)" in message
     assert "other_T1: image and mask have different shapes (image (40, 40, 40), mask (39, 40, 40))" in message
+    assert "--set data.masks=''" in error.value.fix
