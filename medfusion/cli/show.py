@@ -30,7 +30,8 @@ def show_run(run: Run, output: Path) -> int:
     console.print(table)
     count = {status: sum(case.status == status for case in run.cases) for status in colour}
     summary = ", ".join(f"{n} {status}" for status, n in count.items() if n)
-    console.print(f"{summary} in {run.seconds:.1f} s{' (interrupted)' if run.interrupted else ''}. Results: {output}")
+    line = f"{summary} in {run.seconds:.1f} s{' (interrupted)' if run.interrupted else ''}. Results: {output}"
+    console.print(line, markup=False, highlight=False, soft_wrap=True)  # a path is to be copied as it is
     return run.exit_code
 
 

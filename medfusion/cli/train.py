@@ -41,15 +41,21 @@ def train_prior(
     out.mkdir(parents=True, exist_ok=True)
     record = {"command": "train", "data": str(data), "config": config.model_dump(), "environment": environment(device)}
     (out / "run.json").write_text(json.dumps(record, indent=2) + "\n")
-    with _bar(console, config.training.steps) as advance:
-        train(cases, config, out, data=data.name, resume=resume, device=device, progress=advance)
-    console.print(f"Prior: {out / 'prior.safetensors'}\nUse it with --prior {out / 'prior.safetensors'}")
+    try:
+        with _bar(console, config.training.steps) as advance:
+            train(cases, config, out, data=data.name, resume=resume, device=device, progress=advance)
+    except KeyboardInterrupt:
+        kept = (out / "checkpoint.pt").exists()
+        console.print(f"Interrupted{': --resume continues from the last checkpoint' if kept else ''}")
+        return 130
+    prior = out / "prior.safetensors"
+    console.print(f"Prior: {prior}\nUse it with --prior {prior}", markup=False, highlight=False, soft_wrap=True)
     return 0
 
 
 def _note(console: Console, line: str) -> None:
     if console.is_terminal:
-        console.print(line, end="\r")
+        console.print(line, end="\r", markup=False)
 
 
 @contextmanager

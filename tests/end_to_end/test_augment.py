@@ -8,11 +8,12 @@ from prior_factory import saved, white_prior, write_head
 
 
 def test_two_cases(tmp_path: Path) -> None:
-    scan, out = write_head(tmp_path / "in" / "a.nii.gz"), tmp_path / "out"
+    scan, out = write_head(tmp_path / "in" / "a.nii.gz"), tmp_path / f"[out] {'long ' * 20}"
     options = ("--prior", saved(white_prior(), tmp_path), "--steps", 2, "-n", 2, "--seed", 4)
     done = medfusion("augment", scan.parent, out, *options)
     assert done.returncode == 0, done.stderr
     assert "synth-4-0001" in done.stdout
+    assert done.stdout.endswith(f"Results: {out}\n")  # neither wrapped nor read as markup
     assert sorted(path.name for path in (out / "imagesTr").iterdir()) == [
         "synth-4-0001_0000.nii.gz",
         "synth-4-0002_0000.nii.gz",

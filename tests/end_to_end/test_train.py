@@ -1,6 +1,9 @@
 """`medfusion train` as its users run it; the function behind it where a process of its own adds nothing."""
 
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +64,13 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 
 def test_nifti_files_and_masks_make_a_prior_that_denoises(tmp_path: Path) -> None:
-    data, out = write_data(tmp_path / "data"), tmp_path / "runs" / "first"
+    data, out = write_data(tmp_path / "data"), tmp_path / f"runs [old] {'long ' * 20}" / "first"
     sets = [item for setting in (*MASKED, "training.steps=6", "name=mine") for item in ("--set", setting)]
     done = medfusion("train", write_config(tmp_path), "--data", data, "--out", out, "--device", "cpu", *sets)
     assert done.returncode == 0, done.stderr
     assert "3 scans, 6 training images with their variants" in done.stderr
     assert "step 6/6  loss " in done.stderr
-    assert f"--prior {out / 'prior.safetensors'}" in done.stderr.replace("\n", "")
+    assert f"--prior {out / 'prior.safetensors'}\n" in done.stderr
     assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "prior.safetensors", "run.json"}
     assert steps(out) == [2, 4, 6]
     record = json.loads((out / "run.json").read_text())
@@ -78,6 +81,20 @@ def test_nifti_files_and_masks_make_a_prior_that_denoises(tmp_path: Path) -> Non
     assert (prior.provenance["training_scans"], prior.provenance["validation_scans"]) == (2, 1)
     scan = data / "case0_T1.nii.gz"
     assert denoise(scan, tmp_path / "d.nii.gz", prior=str(out / "prior.safetensors")).exit_code == 0
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
+    data, out = write_data(tmp_path / "data"), tmp_path / "out"
+    command = [sys.executable, "-m", "medfusion", "train", write_config(tmp_path), "--data", data, "--out", out]
+    running = subprocess.Popen([*command, "--set", "training.steps=100000"], stderr=subprocess.PIPE, text=True)
+    assert running.stderr is not None
+    for line in running.stderr:
+        if line.startswith("step "):
+            running.send_signal(signal.SIGINT)
+            break
+    assert running.communicate(timeout=30)[1].endswith("Interrupted: --resume continues from the last checkpoint\n")
+    assert running.returncode == 130
+    assert not (out / "prior.safetensors").exists()
 
 
 def test_dicom_series_without_masks(tmp_path: Path) -> None:
