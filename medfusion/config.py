@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from medfusion.errors import MedfusionError
 
@@ -29,8 +29,8 @@ class ProcessConfig(Strict):
 class NetworkConfig(Strict):
     """The norm-free residual U-Net on 2x2x2-folded voxels (``medfusion.networks.ResidualUNet``)."""
 
-    channels: tuple[int, ...] = (48, 96, 128, 160)
-    blocks: tuple[int, ...] = (2, 2, 1, 1)
+    channels: tuple[PositiveInt, ...] = Field((48, 96, 128, 160), min_length=1)
+    blocks: tuple[PositiveInt, ...] = Field((2, 2, 1, 1), min_length=1)
 
     @model_validator(mode="after")
     def _one_block_count_a_level(self) -> NetworkConfig:
@@ -103,7 +103,7 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise MedfusionError(
             f"{path}: cannot be read ({error.strerror})", fix="name a YAML file, see configs/"
         ) from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MedfusionError(f"{path}: not valid YAML", problem=str(error).replace("\n", " ")) from error
     if not isinstance(tree, dict):
         raise MedfusionError(f"{path}: a config is a mapping of fields, see configs/")

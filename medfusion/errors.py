@@ -23,7 +23,8 @@ class MedfusionError(Exception):
         super().__init__(what)
 
     def __str__(self) -> str:
-        rows = [(name.replace("_", " "), str(value)) for name, value in self.facts.items()]
+        # a dotted name is a setting and is printed as the user has to type it
+        rows = [(n if "." in n else n.replace("_", " "), str(value)) for n, value in self.facts.items()]
         rows += [("Fix", self.fix)] if self.fix else []
         width = max((len(name) for name, _ in rows), default=0)
         return "\n".join([self.what, *(f"  {name:<{width}}  {value}" for name, value in rows)])

@@ -61,15 +61,17 @@ class Prior:
         self.network.to(device)
         return self
 
-    def denoiser(self, context: Tensor | None = None) -> Denoiser:
+    def denoiser(self, context: Tensor | None = None, *, margin: int = 0) -> Denoiser:
         """E[x_0 | x_t] for batches (b, 1, d, h, w) of any size, padded inside to what the network needs.
 
         ``context`` (b, 4, d/2, h/2, w/2) as in ``medfusion.data.crops.context_channels``; None means unknown.
+        ``margin`` adds that many replicated voxels on every side first; it goes with an unknown context only.
         """
 
         def network(x: Tensor, log_noise_ratio: Tensor) -> Tensor:
             multiple, shape = self.network.multiple, x.shape[2:]
-            padding = [-n % multiple for n in shape]
+            x = F.pad(x, [margin] * 6, mode="replicate") if margin else x
+            padding = [-n % multiple for n in x.shape[2:]]
             x = F.pad(x, _far_side(padding), mode="replicate") if any(padding) else x
             given = context
             if given is not None:
@@ -79,7 +81,8 @@ class Prior:
                 )
             with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bfloat16(x.device)):
                 output = self.network(x, log_noise_ratio.to(x.device), given)
-            return output[..., : shape[0], : shape[1], : shape[2]]
+            d, h, w = (slice(margin, margin + n) for n in shape)
+            return output[..., d, h, w]
 
         return Denoiser(network, self.process, self.config.process.prediction)
 

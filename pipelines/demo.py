@@ -10,10 +10,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
+from scipy import ndimage
 
 from medfusion.cli.inspect import inspect
 from medfusion.cli.show import show_run
-from medfusion.data.grid import onto_grid
+from medfusion.data.grid import canonical, from_canonical
 from medfusion.io import discover, read
 from medfusion.metrics import dice, psnr
 from medfusion.report import Figure, Section, Table, comparison_figure, run_section, slice_figure, write_report
@@ -46,43 +47,30 @@ def denoise_section(nifti: Run, dicom: Run) -> Section:
     peak = json.loads((SAMPLES / "truth.json").read_text())["percentile_99_of_head_clean"]
     results = {"noisy": noisy, "denoised": load(OUT / "denoised"), "denoised DICOM": load(OUT / "denoised_dicom")}
     rows = []
-    for name, volume in results.items():
-        on_grid = onto_grid(volume, clean) if volume.shape != clean.shape else volume.array
-        rows.append((name, psnr(clean.array, on_grid, brain, peak)))
+    for name, volume in results.items():  # the DICOM series is sagittal: the same voxels in another order
+        same_order = from_canonical(canonical(volume).array, clean)
+        rows.append((name, psnr(clean.array, same_order, brain, peak)))
         print(f"PSNR in the brain, {name}: {rows[-1][1]:.2f} dB")
     picture = comparison_figure(
         {"noisy": noisy, "denoised": results["denoised"], "truth": clean}, difference=("noisy", "denoised")
     )
-    table = Table(("Volume", "PSNR in the brain, dB"), rows)
     text = f"NIfTI: {nifti.cases[0].message}. DICOM series: {dicom.cases[0].message}."
-    return Section("Denoise", [text, table, Figure(picture, "Noisy, denoised and clean head, and what was removed")])
+    caption = "Noisy, denoised and clean head, and what was removed."
+    table = Table(("Volume", "PSNR in the brain, dB"), rows)
+    return Section("Denoise", [text, table, keep("denoise", picture, caption)])
 
 
 def detect_section() -> Section:
-    """Overlap with the planted lesions, which of them were found, and a picture."""
+    """Overlap with the planted lesions, which of them were found, and pictures."""
     scan, truth = load(SAMPLES / "lesions"), load(SAMPLES / "lesions_truth")
     anomaly, mask, rebuilt = (
-        load(OUT / f"detected/head_lesions_{k}.nii.gz") for k in ("anomaly", "mask", "reconstruction")
+        load(OUT / f"detected/head_lesions_{kind}.nii.gz") for kind in ("anomaly", "mask", "reconstruction")
     )
     overlap = dice(truth.array, mask.array)
     print(f"Dice of the mask with the planted lesions: {overlap:.3f}")
-    rows = []
-    for lesion in json.loads((SAMPLES / "truth.json").read_text())["lesions"]:
-        voxel = np.linalg.solve(scan.affine, [*lesion["centre_mm"], 1])[:3].round().astype(int)
-        near = tuple(slice(max(0, v - 3), v + 4) for v in voxel)
-        hit = bool((mask.array[near] * truth.array[near]).any())
-        rows.append(
-            (
-                lesion["kind"],
-                f"{lesion['volume_ml']} ml",
-                float(anomaly.array[near].max()),
-                "found" if hit else "missed",
-            )
-        )
     with (OUT / "detected/head_lesions_findings.csv").open() as file:
         findings = list(csv.DictReader(file))
     columns = ("x", "y", "z", "volume_ml", "peak", "mean", "direction")
-    listed = [[finding[column] for column in columns] for finding in findings[:15]]
     heat = slice_figure(
         scan, overlay=anomaly.array, threshold=2.0, overlay_label="standard deviations", mask=truth.array
     )
@@ -93,23 +81,47 @@ def detect_section() -> Section:
         "Detect",
         [
             f"Dice of the mask with the planted lesions: {overlap:.3f}; {len(findings)} region(s) found.",
-            Table(("Planted lesion", "Volume", "Peak of the heatmap, SD", "In the mask"), rows),
-            Figure(
-                heat, "Heatmap over the scan, planted lesions outlined", "Heatmap; the planted lesions are outlined."
+            Table(
+                ("Planted lesion", "Volume, ml", "Peak of the heatmap, SD", "Found"), lesion_rows(anomaly, mask, truth)
             ),
-            Figure(sides, "Scan, reconstruction and their difference", "Scan, what the prior makes of it, difference."),
-            Table(columns, listed, "The findings, largest peak first (at most 15)."),
+            keep("detect", heat, "Heatmap over the scan; the planted lesions are outlined."),
+            keep("reconstruction", sides, "Scan, what the prior makes of it, and their difference."),
+            Table(
+                columns,
+                [[f[c] for c in columns] for f in findings[:15]],
+                "The findings, largest peak first (15 at most).",
+            ),
         ],
     )
 
 
+def lesion_rows(anomaly: Volume, mask: Volume, truth: Volume) -> list[tuple[object, ...]]:
+    """Kind, volume, highest heat and whether the mask touches it, for each planted lesion."""
+    regions, _ = ndimage.label(truth.array)
+    rows = []
+    for lesion in json.loads((SAMPLES / "truth.json").read_text())["lesions"]:
+        distance = np.linalg.norm(truth.to_world(np.argwhere(regions)) - lesion["centre_mm"], axis=1)
+        region = regions == regions[tuple(np.argwhere(regions)[distance.argmin()])]
+        found = "yes" if mask.array[region].any() else "no"
+        rows.append((lesion["kind"], lesion["volume_ml"], float(anomaly.array[region].max()), found))
+    return rows
+
+
 def augment_section() -> Section:
-    """The new volumes beside the real one that lent its grid."""
+    """The new volumes beside their parent."""
     real = load(SAMPLES / "head_clean.nii.gz")
     new = {f"synthetic {k}": load(path) for k, path in enumerate(sorted((OUT / "augmented/imagesTr").glob("*")), 1)}
-    picture = comparison_figure({"sample head": real, **new})
-    text = "New volumes from pure noise, as an nnU-Net raw dataset; provenance.json marks every case as synthetic."
-    return Section("Augment", [text, Figure(picture, "The sample head and the new volumes")])
+    text = "New volumes as an nnU-Net raw dataset; provenance.json names the parent and marks every case as synthetic."
+    caption = "The sample head and the volumes that were made from it."
+    return Section("Augment", [text, keep("augment", comparison_figure({"sample head": real, **new}), caption)])
+
+
+def keep(name: str, png: bytes, caption: str) -> Figure:
+    """The figure for the report; a copy lies in figures/ (the README's are from there)."""
+    path = OUT / "figures" / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(png)
+    return Figure(png, caption, caption)
 
 
 def main() -> None:

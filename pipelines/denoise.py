@@ -75,6 +75,8 @@ def main() -> None:
     parser.add_argument("--prior", default="brain-t1")
     parser.add_argument("--out", type=Path, default=Path("runs/denoise"))
     arguments = parser.parse_args()
+    if "MEDFUSION_DATA" not in os.environ:
+        parser.error("set MEDFUSION_DATA to the folder of scans")
     paths = sorted((Path(os.environ["MEDFUSION_DATA"]) / "ixi_t1_2mm/dev").glob("*_T1.nii.gz"))[: arguments.subjects]
     arguments.out.mkdir(parents=True, exist_ok=True)
     rivals = methods(Prior.load(arguments.prior))

@@ -43,6 +43,7 @@ def test_shipped_configs_are_valid(path):
     [
         ("name: x\nspeling: 1", [], "speling"),
         ("name: x\ntraining: {steps: 0}", [], "training.steps"),
+        ("name: x\ntraining: {learning_rate: -1}", [], "training.learning_rate"),
         ("name: x\nnetwork: {channels: [8, 8], blocks: [1]}", [], "2 levels"),
         ("name: Bad Name", [], "name"),
         ("name: x", ["training.steps"], "not of the form"),

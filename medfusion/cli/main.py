@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 some case failed, 2 wrong use or unreadable input, 130 int
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -29,7 +30,9 @@ PriorName = Annotated[str, typer.Option("--prior", help="A shipped prior by name
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ...; default: the first GPU, else the CPU.")]
 VolumeIndex = Annotated[int | None, typer.Option("--volume", help="Which volume of 4D files, counted from 0.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are there already.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Keep results that are whole, do the rest.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Keep what an earlier run with the same inputs and settings made, do the rest.")
+]
 Seed = Annotated[int, typer.Option(help="With the case name it fixes the noise that is drawn.")]
 
 
@@ -86,11 +89,11 @@ def detect_command(
     prior: PriorName = "brain-t1",
     noise_time: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="How far scans are noised before the rebuild.")
-    ] = 0.35,
-    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each reconstruction.")] = 5,
+    ] = 0.8,
+    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each reconstruction.")] = 3,
     samples: Annotated[int, typer.Option(min=2, help="Reconstructions for each scan.")] = 4,
-    threshold: Annotated[float, typer.Option(help="Of the mask, in standard deviations.")] = 4.0,
-    min_ml: Annotated[float, typer.Option(help="Smaller regions are dropped from the mask.")] = 0.1,
+    threshold: Annotated[float, typer.Option(min=0, help="Of the mask, in standard deviations.")] = 3.5,
+    min_ml: Annotated[float, typer.Option(min=0, help="Smaller regions are dropped from the mask.")] = 0.2,
     seed: Seed = 0,
     device: Device = None,
     volume: VolumeIndex = None,
@@ -125,15 +128,18 @@ def augment_command(
     output: Output,
     number: Annotated[int, typer.Option("-n", "--number", help="How many new cases.")],
     prior: PriorName = "brain-t1",
-    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each case.")] = 50,
-    stripped: Annotated[bool, typer.Option("--stripped", help="Skull-stripped brains instead of whole heads.")] = False,
+    strength: Annotated[
+        float, typer.Option(min=0.01, max=1.0, help="How far parents are noised; 1: nothing of them is kept.")
+    ] = 0.2,
+    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each case.")] = 10,
+    stripped: Annotated[bool, typer.Option("--stripped", help="IN is skull-stripped; so are the new cases.")] = False,
     seed: Seed = 0,
     device: Device = None,
     volume: VolumeIndex = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
-    """Generate new volumes as an nnU-Net raw dataset; IN lends field of view and intensity units."""
+    """Generate new volumes from those in IN, as an nnU-Net raw dataset."""
     from medfusion.cli.show import show_run
     from medfusion.tasks.augment import augment
 
@@ -142,6 +148,7 @@ def augment_command(
         output,
         number=number,
         prior=prior,
+        strength=strength,
         steps=steps,
         stripped=stripped,
         seed=seed,
@@ -178,15 +185,16 @@ def priors_command(name: Annotated[str | None, typer.Argument(help="Print the ca
 
 
 def main() -> None:
-    """Entry point: a user error is one short block on standard error, never a traceback."""
+    """Entry point: a user error is one short block on standard error, never a traceback.
+
+    A terminated run (SIGTERM, as schedulers send) ends as after Ctrl-C: nothing half-written stays.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         app()
     except MedfusionError as error:
         sys.stderr.write(f"Error  {error}\n")
         raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted\n")
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ def show_priors(name: str | None) -> int:
     if name is not None:
         if name not in priors:
             raise MedfusionError(f"{name}: no shipped prior has this name", shipped=", ".join(priors) or "none")
-        console.print(priors[name].with_suffix(".md").read_text(), markup=False, highlight=False)
+        console.print(priors[name].with_suffix(".md").read_text(encoding="utf-8"), markup=False, highlight=False)
         return 0
     table = Table(title="Shipped priors", title_justify="left")
     for column in ("name", "modality", "spacing", "size", "trained on", "steps", "licence"):
@@ -57,7 +57,7 @@ def show_priors(name: str | None) -> int:
             f"{path.stat().st_size / 1e6:.1f} MB",
             f"{provenance['training_scans']} scans: {provenance['data']}",
             str(provenance["steps"]),
-            config.licence,
+            config.licence.split(". ")[0],  # the attribution stands in the card
         )
     console.print(table)
     console.print("Card of one: medfusion priors NAME")

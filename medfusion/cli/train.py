@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,7 +25,7 @@ def train_prior(
 ) -> int:
     """Train, and return the exit code."""
     from medfusion.config import load_config
-    from medfusion.io.output import check_output
+    from medfusion.io.output import check_output, staged
     from medfusion.tasks.runner import environment, pick_device
     from medfusion.training import load_cases, read_checkpoint, train
 
@@ -32,19 +33,33 @@ def train_prior(
     config = load_config(config_path, overrides)
     device = pick_device(device)
     check_output(out, data)
+    if resume and overwrite:
+        raise MedfusionError("--overwrite and --resume exclude each other", fix="choose one of them")
     if resume:
         read_checkpoint(out, config)  # refused before the scans are read and before anything is written
     elif not overwrite and any((out / name).exists() for name in ("checkpoint.pt", "prior.safetensors")):
         raise MedfusionError(f"{out}: holds a run already", fix="--resume to continue it, --overwrite to begin anew")
     cases = load_cases(data, config, lambda done, total, name: _note(console, f"reading {done}/{total} {name}"))
     console.print(f"{len({case.name for case in cases})} scans, {len(cases)} training images with their variants")
-    out.mkdir(parents=True, exist_ok=True)
-    record = {"command": "train", "data": str(data), "config": config.model_dump(), "environment": environment(device)}
-    (out / "run.json").write_text(json.dumps(record, indent=2) + "\n")
+    began, interrupted = time.monotonic(), False
     try:
         with _bar(console, config.training.steps) as advance:
             train(cases, config, out, data=data.name, resume=resume, device=device, progress=advance)
     except KeyboardInterrupt:
+        interrupted = True
+    record = {
+        "command": "train",
+        "data": str(data),
+        "scans": sorted({case.name for case in cases}),
+        "config": config.model_dump(),
+        "environment": environment(device),
+        "seconds": round(time.monotonic() - began, 1),
+        "interrupted": interrupted,
+        "outputs": sorted(path.name for path in out.iterdir()),
+    }
+    with staged(out / "run.json", overwrite=True) as unfinished:
+        unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    if interrupted:
         kept = (out / "checkpoint.pt").exists()
         console.print(f"Interrupted{': --resume continues from the last checkpoint' if kept else ''}")
         return 130

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from medfusion.config import DataConfig, PreprocessingConfig
 from medfusion.data.grid import canonical, resampled
-from medfusion.data.intensity import centre_of, foreground, measure_scale
+from medfusion.data.intensity import SEEN, centre_of, foreground, measure_scale
 from medfusion.volume import Volume
 
 WHOLE_HEAD, STRIPPED = 1.0, -1.0
@@ -52,7 +52,7 @@ def prepare(volume: Volume, config: PreprocessingConfig, kind: float = WHOLE_HEA
     """Reorient, resample and scale one scan, as every task does before it asks the prior."""
     volume = resampled(canonical(volume), config.spacing)
     scale = measure_scale(volume.array, config.percentile, volume.name)
-    image = torch.from_numpy(scale.apply(volume.array)).clamp(-2, 4).half()
+    image = torch.from_numpy(scale.apply(volume.array)).clamp(*SEEN).half()
     return Case(volume.name, image, centre_of(foreground(volume.array)), config.spacing, kind)
 
 

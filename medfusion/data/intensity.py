@@ -1,6 +1,6 @@
 """Intensity: one affine map per scan, background to -1 and bright tissue to +1, the same in training and in use.
 
-Nothing is clipped, so the map is exactly invertible. It is measured on a lightly smoothed copy, so that noise does not
+The map clips nothing, so it is exactly invertible. It is measured on a lightly smoothed copy, so that noise does not
 move it, and inside the foreground, so that the share of air in the field of view does not either.
 """
 
@@ -14,6 +14,11 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medfusion.errors import MedfusionError
+
+SEEN = (
+    -2.0,
+    4.0,
+)  # the values a network is shown, in training and in use: vessels and fat may be brighter, not helpful
 
 
 @dataclass(frozen=True)
@@ -30,10 +35,6 @@ class IntensityScale:
     def invert(self, array: NDArray[Any]) -> NDArray[np.float32]:
         """The prior's units to the scan's, float32."""
         return ((array.astype(np.float64) + 1) * ((self.high - self.low) / 2) + self.low).astype(np.float32)
-
-    def invert_difference(self, array: NDArray[Any]) -> NDArray[np.float32]:
-        """A difference or standard deviation in the prior's units to the scan's, float32."""
-        return (array.astype(np.float64) * ((self.high - self.low) / 2)).astype(np.float32)
 
 
 def foreground(array: NDArray[Any]) -> NDArray[np.bool_]:

@@ -55,7 +55,7 @@ def read(series: Series, volume_index: int | None = None) -> Volume:
     Parameters
     ----------
     series : from `discover`.
-    volume_index : which volume of a 4D NIfTI, from 0; None for 3D scans.
+    volume_index : which volume of a 4D NIfTI, from 0; 3D scans have no choice and ignore it.
 
     Raises
     ------
@@ -67,7 +67,7 @@ def read(series: Series, volume_index: int | None = None) -> Volume:
     if series.kind == "nifti":
         from medfusion.io.nifti import read_nifti
 
-        return read_nifti(series, volume_index)
+        return read_nifti(series, volume_index if len(series.shape) == 4 else None)
     from medfusion.io.dicom import read_dicom
 
     return read_dicom(series)
@@ -99,8 +99,15 @@ def _walk(folder: Path) -> Iterator[Path]:
             folders.clear()
             continue
         visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not _holds_no_scans(root, name))
         yield from (Path(root, name) for name in sorted(names) if not name.startswith("."))
+
+
+def _holds_no_scans(root: str, name: str) -> bool:
+    """Labels of an nnU-Net raw data set, derivatives of a BIDS one; both may lie below a folder of data sets."""
+    if name in ("labelsTr", "labelsTs"):
+        return os.path.isfile(os.path.join(root, "dataset.json"))
+    return name == "derivatives" and os.path.isfile(os.path.join(root, "dataset_description.json"))
 
 
 def _refuse(error: OSError) -> None:
@@ -116,7 +123,7 @@ def _discover_nifti(files: list[Path], root: Path) -> list[Series]:
 def _nifti_names(files: list[Path], root: Path) -> list[str]:
     """File names without suffix; with the folders below the root where file names repeat (``patient1_t1``)."""
     stems = [_stem(file.name) for file in files]
-    if root.name and (root / "dataset.json").is_file() and all(stem.endswith("_0000") for stem in stems):
+    if root.is_dir() and (root / "dataset.json").is_file() and all(stem.endswith("_0000") for stem in stems):
         stems = [stem.removesuffix("_0000") for stem in stems]  # nnU-Net, one channel
     count = Counter(stems)
     return [

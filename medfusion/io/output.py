@@ -70,7 +70,7 @@ def check_output(out: Path, inputs: Path) -> None:
         raise MedfusionError(
             f"the output {where} the input", out=out_real, input=inputs_real, fix="write beside the input"
         )
-    if out_real in inputs_real.parents:
+    if out_real in inputs_real.parents and inputs_real.is_dir():
         raise MedfusionError(
             "the input lies inside the output",
             out=out_real,

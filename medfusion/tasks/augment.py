@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy import ndimage
 
 from medfusion.data.crops import STRIPPED, WHOLE_HEAD, context_channels
 from medfusion.data.grid import canonical, resampled
-from medfusion.data.intensity import centre_of, foreground, measure_scale
+from medfusion.data.intensity import SEEN, centre_of, foreground, measure_scale
 from medfusion.data.seeds import case_generator
 from medfusion.diffusion import ddpm, noise_like, uniform_times
 from medfusion.errors import MedfusionError
@@ -22,39 +24,66 @@ from medfusion.tasks.checks import check_scan
 from medfusion.tasks.runner import Job, Run, Settings, require_folder, run_jobs
 from medfusion.volume import Volume
 
-LABELS = {"background": 0, "tissue": 1}  # an unconditional prior knows no anatomy by name; tissue against air it does
+SMOOTHNESS, DISPLACEMENT = 10.0, 2.0  # voxels: Gaussian width and root mean square of the random displacements
+LINEAR = 0.03  # standard deviation of each entry of the linear part, beside the identity
+LABELS = {"background": 0, "tissue": 1}  # all that a prior without labels can tell
 
 
 def generate_volume(
-    like: Volume, prior: Prior, *, name: str, steps: int = 50, stripped: bool = False, seed: int = 0
+    parent: Volume,
+    prior: Prior,
+    *,
+    name: str,
+    strength: float = 0.2,
+    steps: int = 10,
+    stripped: bool = False,
+    seed: int = 0,
 ) -> Volume:
     """One new volume in the style of the prior, float32.
 
+    The parent is deformed a little, noised to the process time ``strength`` and rebuilt by ancestral
+    sampling (SDEdit, Meng et al. 2022): its coarse layout stays, what the noise hid is new.
+
     Parameters
     ----------
-    like : a real scan that lends its field of view and its intensity units; none of its anatomy is used but the place
-        of the foreground's centre.
+    parent : a real scan; it lends its field of view and its intensity units too.
     name : of the new case; with ``seed`` it fixes the sample.
-    steps : evaluations of the prior, from pure noise by ancestral sampling.
-    stripped : a skull-stripped brain instead of a whole head.
+    strength : in (0, 1]. At 1 nothing of the parent is used but grid, units and the place of its foreground's centre.
+    steps : evaluations of the prior.
+    stripped : whether ``parent`` is skull-stripped, and so shall be the new volume.
 
     Returns
     -------
-    A volume on ``like``'s field of view at the prior's spacing, axes in the nearest RAS orientation.
+    A volume on the parent's field of view at the prior's spacing, axes in the nearest RAS orientation.
     """
-    check_scan(like, prior)
-    grid = resampled(canonical(like), prior.config.preprocessing.spacing)
-    scale = measure_scale(grid.array, prior.config.preprocessing.percentile, like.name)
-    centre = centre_of(foreground(grid.array))
-    even = [n + n % 2 for n in grid.shape]
-    kind = STRIPPED if stripped else WHOLE_HEAD
-    context = context_channels(even, (0, 0, 0), centre, prior.config.preprocessing.spacing, kind)[None]
+    check_scan(parent, prior)
+    grid = resampled(canonical(parent), prior.config.preprocessing.spacing)
+    scale = measure_scale(grid.array, prior.config.preprocessing.percentile, parent.name)
+    image = scale.apply(grid.array).clip(*SEEN)
     generator = case_generator(seed, name)
-    x = noise_like(torch.empty(1, 1, *grid.shape), [generator]).to(prior.device)
-    times = uniform_times(1.0, steps).to(prior.device)
+    if strength < 1:
+        image = deformed(image, seed=int(torch.randint(2**31, (1,), generator=generator)))
+    kind = STRIPPED if stripped else WHOLE_HEAD
+    centre = centre_of(foreground(image))
+    context = context_channels(image.shape, (0, 0, 0), centre, prior.config.preprocessing.spacing, kind)[None]
+    x0 = torch.from_numpy(image)[None, None].to(prior.device)
+    x = noise_like(x0, [generator])
+    times = uniform_times(strength, steps).to(prior.device)
+    if strength < 1:
+        x = prior.process.add_noise(x0, x, times[:1])
     x = ddpm(prior.denoiser(context), prior.process, x, times, generators=[generator])
-    array = scale.invert(x[0, 0].cpu().numpy())
-    return Volume(array, grid.affine, name, like.modality)
+    return Volume(scale.invert(x[0, 0].cpu().numpy()), grid.affine, name, parent.modality)
+
+
+def deformed(image: NDArray[np.float32], *, seed: int) -> NDArray[np.float32]:
+    """Another head of the same layout: sheared, turned and scaled by a few percent, and displaced smoothly."""
+    rng = np.random.default_rng(seed)
+    smooth = np.stack([ndimage.gaussian_filter(rng.standard_normal(image.shape), SMOOTHNESS) for _ in range(3)])
+    smooth *= DISPLACEMENT / smooth.std()
+    centre = (np.array(image.shape) - 1)[:, None, None, None] / 2
+    linear = np.eye(3) + rng.normal(0, LINEAR, (3, 3))
+    where = centre + np.einsum("ij,jabc->iabc", linear, np.indices(image.shape) - centre) + smooth
+    return ndimage.map_coordinates(image, where, order=1, mode="nearest")
 
 
 def augment(
@@ -63,7 +92,8 @@ def augment(
     *,
     number: int,
     prior: str = "brain-t1",
-    steps: int = 50,
+    strength: float = 0.2,
+    steps: int = 10,
     stripped: bool = False,
     seed: int = 0,
     device: str | None = None,
@@ -73,9 +103,9 @@ def augment(
 ) -> Run:
     """Generate ``number`` new cases as the nnU-Net raw dataset ``output``; options as in ``generate_volume``.
 
-    The scans under ``input`` take turns in lending field of view and intensity units. Every case is named
-    ``synth-SEED-NUMBER`` and listed with its seed, prior and settings in ``provenance.json``. Cases that earlier runs
-    left in ``output``, with another seed for instance, stay in the dataset.
+    The scans under ``input`` take turns as parents. Every case is named ``synth-SEED-NUMBER`` and listed with its
+    parent, seed, prior and settings in ``provenance.json``; scans that cannot be used are refused. Cases that earlier
+    runs left in ``output``, with another seed for instance, stay in the dataset.
 
     Raises
     ------
@@ -84,30 +114,49 @@ def augment(
     if number < 1:
         raise MedfusionError(f"-n {number}: at least one case must be asked for")
     require_folder(output)
+    earlier = _earlier_cases(output)
     found = discover(input)
     usable = [series for series in found if series.usable]
     if not usable:
         raise MedfusionError(f"{input}: no usable scan among {len(found)}", first=found[0].problems[0])
-    options = {"number": number, "steps": steps, "stripped": stripped, "seed": seed}
+    options = {"strength": strength, "steps": steps, "stripped": stripped, "seed": seed}
     settings = Settings("augment", input, output, prior, device, options, volume, overwrite, resume)
     replace = overwrite or resume
 
     def work(name: str, series: Series, image: Path, label: Path, loaded: Prior) -> str:
-        new = generate_volume(read(series, volume), loaded, name=name, steps=steps, stripped=stripped, seed=seed)
+        parent = read(series, volume)
+        new = generate_volume(parent, loaded, name=name, strength=strength, steps=steps, stripped=stripped, seed=seed)
         write_nifti(new, image, overwrite=replace, description=f"medfusion {loaded.name}: SYNTHETIC, no patient")
         tissue = foreground(new.array).astype(np.uint8)
         write_nifti(new.with_array(tissue), label, overwrite=replace)
-        return f"grid and units of {series.name}"
+        return f"from {series.name}"
 
-    jobs, cases = [], []
+    jobs = [Job(s.name, s.files, [], lambda loaded: "", s.problems) for s in found if not s.usable]
+    cases = []
     for index in range(number):
         series, name = usable[index % len(usable)], f"synth-{seed}-{index + 1:04d}"
         image, label = _files_of(output, name)
-        jobs.append(Job(name, [image, label], partial(work, name, series, image, label)))
-        cases.append({"case": name, "synthetic": True, "grid_of": series.name, **options})
+        jobs.append(Job(name, series.files, [image, label], partial(work, name, series, image, label)))
+        cases.append({"case": name, "synthetic": True, "parent": series.name, **options})
     run = run_jobs(settings, jobs)
-    _write_dataset(output, [case | {"prior": run.prior["name"]} for case in cases], run)
+    _write_dataset(output, earlier, [case | {"prior": run.prior["name"]} for case in cases], run)
     return run
+
+
+def _earlier_cases(output: Path) -> list[dict[str, Any]]:
+    """The provenance of the cases that earlier runs left; a dataset that is not ours is refused."""
+    dataset, provenance = output / "dataset.json", output / "provenance.json"
+    if not provenance.exists():
+        if dataset.exists():
+            raise MedfusionError(
+                f"{output}: holds a dataset that medfusion did not make", fix="choose a new folder for synthetic cases"
+            )
+        return []
+    try:
+        cases = json.loads(provenance.read_text())
+        return [case for case in cases if case["synthetic"] and case["case"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MedfusionError(f"{provenance}: not a list of synthetic cases", fix="choose a new folder") from error
 
 
 def _files_of(output: Path, name: str) -> tuple[Path, Path]:
@@ -115,16 +164,17 @@ def _files_of(output: Path, name: str) -> tuple[Path, Path]:
     return output / "imagesTr" / f"{name}_0000.nii.gz", output / "labelsTr" / f"{name}.nii.gz"
 
 
-def _write_dataset(output: Path, cases: list[dict[str, Any]], run: Run) -> None:
-    """List every case that is there, those of earlier runs with the settings that made them."""
-    provenance = output / "provenance.json"
-    earlier = json.loads(provenance.read_text()) if provenance.exists() else []
+def _write_dataset(output: Path, earlier: list[dict[str, Any]], cases: list[dict[str, Any]], run: Run) -> None:
+    """List every case that is there, those of earlier runs with the settings that made them; nothing if none is."""
     listed = {case["case"]: case for case in earlier}
     done = {case.name for case in run.cases if case.status == "done"}
     listed |= {case["case"]: case for case in cases if case["case"] in done or case["case"] not in listed}
     cases = [listed[name] for name in sorted(listed) if all(path.exists() for path in _files_of(output, name))]
+    if not cases:
+        return
+    modality = run.prior["config"]["preprocessing"]["modality"]
     dataset = {
-        "channel_names": {"0": "MRI"},
+        "channel_names": {"0": "CT" if modality == "CT" else "MRI"},  # nnU-Net normalises "CT" in its own way
         "labels": LABELS,
         "numTraining": len(cases),
         "file_ending": ".nii.gz",
@@ -132,5 +182,5 @@ def _write_dataset(output: Path, cases: list[dict[str, Any]], run: Run) -> None:
         "description": "Every case is synthetic, see provenance.json. Labels: Otsu's threshold, tissue against air.",
     }
     for name, content in (("dataset.json", dataset), ("provenance.json", cases)):
-        with staged(output / name, overwrite=True) as partial_file:
-            partial_file.write_text(json.dumps(content, indent=2) + "\n")
+        with staged(output / name, overwrite=True) as unfinished:
+            unfinished.write_text(json.dumps(content, indent=2) + "\n")

@@ -6,6 +6,7 @@ from medfusion.errors import MedfusionError
 from medfusion.prior import Prior
 from medfusion.volume import Volume
 
+COARSE = 2.0  # times the prior's spacing: thicker slices than it has ever seen
 SMALLEST = 16  # voxels along an axis: fewer hold no anatomy to speak of
 
 
@@ -28,3 +29,11 @@ def check_scan(volume: Volume, prior: Prior) -> None:
             shape=" x ".join(map(str, volume.shape)),
             smallest=SMALLEST,
         )
+
+
+def caution(volume: Volume, prior: Prior) -> str:
+    """What the reader of a result should know: "" or a clause about voxels much coarser than the prior's."""
+    spacing, largest = prior.config.preprocessing.spacing, float(volume.spacing.max())
+    if largest <= COARSE * spacing:
+        return ""
+    return f"; caution: voxels of {largest:.3g} mm, the prior knows {spacing:g} mm"

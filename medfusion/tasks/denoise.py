@@ -14,22 +14,24 @@ from monai.inferers.utils import sliding_window_inference
 from torch import Tensor
 
 from medfusion.data.grid import canonical, from_canonical
-from medfusion.data.intensity import measure_scale
+from medfusion.data.intensity import SEEN, measure_scale
 from medfusion.data.noise import estimate_noise
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, read, write_derived_series, write_nifti
 from medfusion.prior import Prior
-from medfusion.tasks.checks import check_scan
+from medfusion.tasks.checks import caution, check_scan
 from medfusion.tasks.runner import Run, Settings, run_jobs, scan_jobs, single_file
 from medfusion.volume import Volume
 
 TILE = 192  # voxels along an edge: a tile needs about 2 GiB, and most MR volumes are one to four tiles
+MASKED_OUT = 0.2  # of the voxels: so many with the lowest value are a mask (skull-stripped scans), not dark tissue
+MARGIN = 16  # voxels of replicated border: the zeros that convolutions see beyond it are mid-grey to the network
 OVERLAP = 0.25  # of a tile; blended with Gaussian weights
 
 
 @dataclass(frozen=True)
 class Denoised:
-    """A denoised volume on the input's grid, float32 in its units.
+    """A denoised volume on the input's grid in its units, float32 unless nothing was changed.
 
     ``sigma`` is the noise in the same units, ``time`` that of the process it stands for (0: nothing to remove).
     """
@@ -59,9 +61,13 @@ def denoise_volume(volume: Volume, prior: Prior, *, sigma: float | None = None, 
     t = _time_of(prior, ratio, volume.name)
     if t == 0.0:
         return Denoised(volume, sigma, 0.0)
-    clean = _posterior_mean(prior, torch.from_numpy(scale.apply(upright.array)), t, tile)
-    array = from_canonical(scale.invert(clean.cpu().numpy()), volume)
-    array = np.maximum(array, volume.array.min())  # noise only widens the range: no clean voxel lies below it
+    image = scale.apply(upright.array)
+    seen = image.clip(*SEEN)
+    clean = _posterior_mean(prior, torch.from_numpy(seen), t, tile).cpu().numpy() + (image - seen)
+    lowest = volume.array.min()
+    array = np.maximum(from_canonical(scale.invert(clean), volume), lowest)  # noise only widens the range of values
+    if np.mean(volume.array == lowest) > MASKED_OUT:
+        array[volume.array == lowest] = lowest  # other tools crop to, or mask by, the constant
     return Denoised(volume.with_array(array), sigma, t)
 
 
@@ -78,7 +84,7 @@ def _posterior_mean(prior: Prior, image: Tensor, t: float, tile: int) -> Tensor:
     """E[x_0 | x_t] for image = x_t / alpha(t), (d, h, w)."""
     time = torch.tensor([t], dtype=torch.float64)
     x = (image * float(prior.process.alpha(time)))[None, None].to(prior.device)
-    denoise = prior.denoiser()
+    denoise = prior.denoiser(margin=MARGIN)
     size = tuple(min(tile, n) for n in image.shape)
     if size == tuple(image.shape):
         return denoise(x, time.to(x.device))[0, 0]
@@ -103,34 +109,39 @@ def denoise(
     """Denoise every scan under ``input`` and write it in its own format to ``output``.
 
     A NIfTI file becomes ``CASE_denoised.nii.gz`` (or exactly ``output`` where that ends in .nii or .nii.gz), a DICOM
-    series the folder ``CASE_denoised`` with a derived series. ``volume`` picks one volume of 4D files.
+    series the folder ``CASE_denoised`` with a derived series; enhanced multi-frame DICOM becomes NIfTI.
+    ``volume`` picks one volume of 4D files.
     """
     settings = Settings("denoise", input, output, prior, device, {"sigma": sigma}, volume, overwrite, resume)
     replace = overwrite or resume
 
+    def as_dicom(series: Series) -> bool:
+        return series.kind == "dicom" and len(series.files) > 1 and not single_file(output)
+
     def targets(series: Series) -> list[Path]:
         if single_file(output):
             return [output]
-        return [output / f"{series.name}_denoised{'' if series.kind == 'dicom' else '.nii.gz'}"]
+        return [output / f"{series.name}_denoised{'' if as_dicom(series) else '.nii.gz'}"]
 
     def work(series: Series, loaded: Prior) -> str:
         scan = read(series, volume)
         result = denoise_volume(scan, loaded, sigma=sigma)
         how = f"sigma {result.sigma:.4g} ({'estimated' if sigma is None else 'given'}), t {result.time:.3f}"
         [target] = targets(series)
-        if series.kind == "dicom" and not single_file(output):
-            derivation = f"Diffusion posterior mean, prior {loaded.name}, noise {how}"
+        if as_dicom(series):
+            made = f"Diffusion posterior mean, prior {loaded.name}" if result.time > 0 else "Values unchanged"
             write_derived_series(
                 result.volume,
                 series,
                 target,
                 description="denoised",
-                derivation=derivation,
-                smoothing=True,
+                derivation=f"{made}, noise {how}",
+                smoothing=result.time > 0,
                 overwrite=replace,
             )
         else:
             write_nifti(result.volume, target, overwrite=replace)
-        return how if result.time > 0 else f"{how}: no noise to remove, values unchanged"
+        nothing = "" if result.time > 0 else ": no noise to remove, values unchanged"
+        return how + nothing + caution(scan, loaded)
 
     return run_jobs(settings, scan_jobs(settings, targets, work))

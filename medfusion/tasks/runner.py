@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +23,7 @@ from medfusion import __version__
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, discover, staged
 from medfusion.io.output import check_output
-from medfusion.prior import Prior
+from medfusion.prior import Prior, prior_path
 
 Status = Literal["done", "skipped", "refused", "failed"]
 
@@ -46,10 +50,12 @@ class Settings:
 class Job:
     """One case to do: ``work`` writes ``targets``, whole or not at all, and returns one line about what it found.
 
-    ``problems`` are the reasons why the scan cannot be used; a job that has any is refused without being tried.
+    ``inputs`` are the files it is made from. ``problems`` are the reasons why the scan cannot be used; a job that has
+    any is refused without being tried.
     """
 
     name: str
+    inputs: tuple[Path, ...]
     targets: list[Path]
     work: Callable[[Prior], str]
     problems: tuple[str, ...] = ()
@@ -57,13 +63,18 @@ class Job:
 
 @dataclass
 class Case:
-    """What became of one scan: done, skipped (whole already), refused (unusable as found) or failed."""
+    """What became of one scan: done, skipped (whole already), refused (unusable as found) or failed.
+
+    ``fingerprint`` stands for inputs, prior and settings: ``resume`` keeps only what they would make again.
+    """
 
     name: str
     status: Status
     seconds: float = 0.0
     message: str = ""
+    inputs: list[str] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    fingerprint: str = ""
 
 
 @dataclass
@@ -74,15 +85,18 @@ class Run:
     settings: dict[str, Any]
     prior: dict[str, Any]
     environment: dict[str, Any]
+    started: str
     seconds: float = 0.0
     cases: list[Case] = field(default_factory=list)
     interrupted: bool = False
 
     @property
     def exit_code(self) -> int:
-        """0 all done, 1 some case failed or was refused, 130 interrupted."""
+        """0 all done, 1 some case failed or was refused, 2 no scan could be read, 130 interrupted."""
         if self.interrupted:
             return 130
+        if self.cases and all(case.status == "refused" for case in self.cases):
+            return 2
         return int(any(case.status in ("failed", "refused") for case in self.cases))
 
 
@@ -136,7 +150,7 @@ def scan_jobs(
         raise MedfusionError(
             f"{settings.output}: one file cannot hold the results of {len(found)} scans", fix="name a folder instead"
         )
-    return [Job(s.name, targets(s), partial(work, s), s.problems) for s in found]
+    return [Job(s.name, s.files, targets(s), partial(work, s), s.problems) for s in found]
 
 
 def run_jobs(settings: Settings, jobs: Sequence[Job]) -> Run:
@@ -148,38 +162,77 @@ def run_jobs(settings: Settings, jobs: Sequence[Job]) -> Run:
         ``overwrite`` nor ``resume`` was asked for.
     """
     check_output(settings.output, settings.input)
-    whole = {job.name for job in jobs if all(target.exists() for target in job.targets)}
     _refuse_existing(settings, [target for job in jobs for target in job.targets if target.exists()])
     prior = Prior.load(settings.prior, pick_device(settings.device))
-    run = Run(settings.command, _plain(settings), _about(prior), environment(str(prior.device)))
-    folder = settings.output.parent if single_file(settings.output) else settings.output
-    folder.mkdir(parents=True, exist_ok=True)
+    started = datetime.now(UTC).isoformat(timespec="seconds")
+    run = Run(settings.command, _plain(settings), _about(prior), environment(str(prior.device)), started)
+    record = (settings.output.parent if single_file(settings.output) else settings.output) / "run.json"
+    record.parent.mkdir(parents=True, exist_ok=True)
+    made = _made_before(record) if settings.resume else {}
+    maker = _sha256(prior_path(settings.prior).read_bytes())
     began = time.monotonic()
     try:
         for job in _progress(jobs, settings.command):
-            if settings.resume and job.name in whole and not job.problems:
-                run.cases.append(Case(job.name, "skipped", message="already whole", outputs=_names(job.targets)))
+            fingerprint = _fingerprint(job, settings, maker)
+            if made.get(job.name, {}).get("fingerprint") == fingerprint and all(t.exists() for t in job.targets):
+                case = Case(job.name, "skipped", message="already whole")
             else:
-                run.cases.append(_run_job(job, prior))
+                case = _run_job(job, prior)
+            case.inputs, case.fingerprint = _names(job.inputs), fingerprint
+            case.outputs = _names(job.targets) if case.status in ("done", "skipped") else []
+            run.cases.append(case)
+            run.seconds = _since(began)
+            _write(run, record)  # after every case, so that a killed run can be resumed
     except KeyboardInterrupt:
         run.interrupted = True
-    run.seconds = round(time.monotonic() - began, 2)
-    with staged(folder / "run.json", overwrite=True) as unfinished:
-        unfinished.write_text(json.dumps(asdict(run), indent=2) + "\n")
+        _write(run, record)
     return run
 
 
 def _run_job(job: Job, prior: Prior) -> Case:
     if job.problems:
         return Case(job.name, "refused", message="; ".join(job.problems))
+    there = {target for target in job.targets if target.exists()}
     began = time.monotonic()
     try:
         message = job.work(prior)
-    except MedfusionError as error:
-        return Case(job.name, "failed", _since(began), str(error))
-    except Exception as error:  # isolation is the point: whatever one case does, the others get their turn
-        return Case(job.name, "failed", _since(began), f"{type(error).__name__}: {error}")
-    return Case(job.name, "done", _since(began), message, _names(job.targets))
+    except BaseException as error:  # isolation is the point: whatever one case does, the others get their turn
+        for target in set(job.targets) - there:  # all results of a case or none
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+        if not isinstance(error, Exception):
+            raise
+        logging.getLogger(__name__).debug("%s failed", job.name, exc_info=True)
+        reason = str(error) if isinstance(error, MedfusionError) else f"{type(error).__name__}: {error}"
+        return Case(job.name, "failed", _since(began), reason)
+    return Case(job.name, "done", _since(began), message)
+
+
+def _fingerprint(job: Job, settings: Settings, maker: str) -> str:
+    """Of what decides the results of a job: the files as they are now, the prior's weights and the options."""
+    files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in job.inputs]
+    return _sha256(json.dumps([settings.command, settings.options, settings.volume, maker, files]).encode())
+
+
+def _made_before(record: Path) -> dict[str, dict[str, Any]]:
+    """Cases that an earlier run in the same folder finished, by name."""
+    if not record.exists():
+        return {}
+    try:
+        cases = json.loads(record.read_text())["cases"]
+        return {case["name"]: case for case in cases if case["status"] in ("done", "skipped")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise MedfusionError(
+            f"{record}: not a record to resume from", fix="--overwrite does everything anew"
+        ) from error
+
+
+def _write(run: Run, record: Path) -> None:
+    with staged(record, overwrite=True) as unfinished:
+        unfinished.write_text(json.dumps(asdict(run), indent=2) + "\n")
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _since(began: float) -> float:
@@ -198,6 +251,8 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _refuse_existing(settings: Settings, existing: list[Path]) -> None:
+    if settings.overwrite and settings.resume:
+        raise MedfusionError("--overwrite and --resume exclude each other", fix="choose one of them")
     if existing and not settings.overwrite and not settings.resume:
         raise MedfusionError(
             f"{settings.output}: {len(existing)} output(s) exist already",
@@ -227,8 +282,8 @@ def _plain(settings: Settings) -> dict[str, Any]:
 
 
 def _about(prior: Prior) -> dict[str, Any]:
-    return {"name": prior.name, "process": prior.config.process.model_dump(), **prior.provenance}
+    return {"name": prior.name, "config": prior.config.model_dump(), **prior.provenance}
 
 
-def _names(paths: list[Path]) -> list[str]:
+def _names(paths: Iterable[Path]) -> list[str]:
     return [str(path) for path in paths]

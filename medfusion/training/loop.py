@@ -7,6 +7,7 @@ Batch, times and noise of step k are functions of (seed, k), so a resumed run re
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -17,13 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 
 from medfusion.config import Config
 from medfusion.data.crops import Batch, Case, draw_batch, mean_atlas, split, validation_batches
 from medfusion.diffusion import Process, simple_loss
 from medfusion.errors import MedfusionError
+from medfusion.io import staged
 from medfusion.networks import ResidualUNet
 from medfusion.networks.residual_unet import ATLAS, ATLAS_REACH
 from medfusion.prior import Prior, build_network, fast_bfloat16
@@ -40,7 +41,7 @@ def train(
     *,
     data: str = "",
     resume: bool = False,
-    device: str | None = None,
+    device: str = "cpu",
     progress: Callable[[int, float], None] = lambda step, loss: None,
 ) -> Prior:
     """Train a prior; write ``prior.safetensors``, ``metrics.jsonl`` and ``checkpoint.pt`` to the folder ``out``.
@@ -54,15 +55,15 @@ def train(
     ------
     MedfusionError : too few cases, a loss that is not finite, or nothing to resume from.
     """
-    accelerator = Accelerator(cpu=device == "cpu")
+    place = torch.device(device)
     training, validation = split(cases, config.data.validation, config.training.seed)
     if not training:
         raise MedfusionError(f"{len(cases)} scan(s) and {config.data.validation} held out leave none to train on")
     torch.manual_seed(config.training.seed)
     network = build_network(config)
     network.atlas.copy_(mean_atlas(training, ATLAS, ATLAS_REACH))
-    network = network.to(accelerator.device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    ema = build_network(config).to(accelerator.device)
+    network = network.to(place, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    ema = build_network(config).to(place)
     ema.load_state_dict(network.state_dict())
     optimizer = torch.optim.AdamW(
         network.parameters(), config.training.learning_rate, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY, fused=True
@@ -75,29 +76,28 @@ def train(
     for step in range(start, config.training.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.training.learning_rate * _warmup_then_cosine(step, config)
-        loss = _loss_of_step(network, process, config, training, step, accelerator.device)
+        loss = _loss_of_step(network, process, config, training, step, place)
         if not torch.isfinite(loss):
             raise MedfusionError(
                 f"the loss of step {step} is not finite",
                 last_good=f"{checkpoint}" if checkpoint.exists() else "no checkpoint yet",
-                fix="lower training.learning_rate and continue with --resume",
+                fix="begin anew with a lower training.learning_rate",
             )
         optimizer.zero_grad()
-        accelerator.backward(loss)
+        loss.backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
         optimizer.step()
         _update_ema(ema, network, step, config)
         progress(step + 1, loss.item())
         if (step + 1) % config.training.checkpoint_every == 0 or step + 1 == config.training.steps:
-            by_time = _validate(ema, process, config, held_out, accelerator.device)
+            by_time = _validate(ema, process, config, held_out, place)
             _save_checkpoint(checkpoint, network, ema, optimizer, config, step + 1)
             _log(out, step + 1, loss.item(), by_time, time.monotonic() - began)
     prior = Prior(
         config, ema.eval().requires_grad_(False), _provenance(training, validation, config, data, held_out, ema)
     )
-    staged = out / "prior.partial"
-    prior.save(staged)
-    staged.replace(out / "prior.safetensors")
+    with staged(out / "prior.safetensors", overwrite=True) as unfinished:
+        prior.save(unfinished)
     return prior
 
 
@@ -174,9 +174,10 @@ def _save_checkpoint(
         "ema": ema.state_dict(),
         "optimizer": optimizer.state_dict(),
     }
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    partial.replace(path)  # atomic: a checkpoint is whole or the one before it
+    content = io.BytesIO()  # a full disk would make torch.save raise an error that does not say so
+    torch.save(state, content)
+    with staged(path, overwrite=True) as unfinished:  # a checkpoint is whole or the one before it
+        unfinished.write_bytes(content.getbuffer())
 
 
 def read_checkpoint(out: Path, config: Config) -> dict[str, Any]:
@@ -193,6 +194,8 @@ def read_checkpoint(out: Path, config: Config) -> dict[str, Any]:
         state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: nothing in it is executed
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise MedfusionError(f"{path}: damaged, or no checkpoint", fix="--overwrite to begin anew") from error
+    if not isinstance(state, dict) or "config" not in state:
+        raise MedfusionError(f"{path}: no checkpoint of medfusion", fix="--overwrite to begin anew")
     if state["config"] != config.model_dump_json():
         raise MedfusionError(
             f"{path}: was made with another config", fix="resume with the same config, or choose a new --out"
@@ -203,7 +206,7 @@ def read_checkpoint(out: Path, config: Config) -> dict[str, Any]:
 def _clear(out: Path) -> int:
     """Remove what a later ``resume`` would take for this run's; returns the first step."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoint.pt", "metrics.jsonl"):
+    for name in ("checkpoint.pt", "metrics.jsonl", "prior.safetensors"):
         (out / name).unlink(missing_ok=True)
     return 0
 

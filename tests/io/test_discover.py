@@ -254,3 +254,16 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     (tmp_path / "closed").mkdir(mode=0)
     with pytest.raises(MedfusionError, match="closed: the folder cannot be read"):
         discover(tmp_path)
+
+
+def test_conventions_hold_below_a_folder_of_data_sets(tmp_path: Path) -> None:
+    for name in (
+        "Dataset001_A/imagesTr/a_0000.nii.gz",
+        "Dataset001_A/labelsTr/a.nii.gz",
+        "study/sub-1/anat/sub-1_T1w.nii.gz",
+        "study/derivatives/tool/sub-1_seg.nii.gz",
+    ):
+        write_nifti(tmp_path / name)
+    (tmp_path / "Dataset001_A" / "dataset.json").write_text("{}")
+    (tmp_path / "study" / "dataset_description.json").write_text("{}")
+    assert names(tmp_path) == ["a_0000", "sub-1_T1w"]

@@ -13,7 +13,7 @@ from scipy import stats
 
 from medfusion.data.intensity import measure_scale
 from medfusion.errors import MedfusionError
-from medfusion.tasks.augment import augment, generate_volume
+from medfusion.tasks.augment import augment, deformed, generate_volume
 from medfusion.volume import Volume
 
 
@@ -80,7 +80,7 @@ def test_every_case_says_that_it_is_synthetic(tmp_path: Path, scans: Path, prior
     augment(scans, out, number=3, prior=prior, steps=2)
     provenance = content(out / "provenance.json")
     assert [case["case"] for case in provenance] == ["synth-0-0001", "synth-0-0002", "synth-0-0003"]
-    assert [case["grid_of"] for case in provenance] == ["first", "second", "first"]
+    assert [case["parent"] for case in provenance] == ["first", "second", "first"]
     for case in provenance:
         assert case["synthetic"] is True
         assert (case["prior"], case["steps"], case["seed"], case["stripped"]) == ("tiny", 2, 0, False)
@@ -95,7 +95,7 @@ def test_a_sample_follows_the_prior() -> None:
     shape = (40, 38, 30)
     affine = grid(shape, (2.0, 2.2, 3.0), "LPS", (5, 10, 15))
     lender = Volume(head(affine, shape, noise=20), affine, "lender")
-    new = generate_volume(lender, white_prior(), name="new", steps=20)
+    new = generate_volume(lender, white_prior(), name="new", strength=1.0, steps=20)
     np.testing.assert_allclose(new.spacing, [2, 2, 2], rtol=1e-6)
     assert new.orientation == "RAS"
     extent, expected = np.array(new.shape) * 2, np.array(shape) * [2.0, 2.2, 3.0]
@@ -123,7 +123,10 @@ def test_the_same_seed_gives_the_same_voxels_whatever_else_is_made(tmp_path: Pat
 
 def test_a_stripped_sample_is_asked_for_in_the_context() -> None:
     lender = Volume(head(grid((36, 36, 36)), (36, 36, 36), noise=20), grid((36, 36, 36)), "lender")
-    whole, brain = (generate_volume(lender, random_prior(), name="n", steps=2, stripped=s).array for s in (False, True))
+    whole, brain = (
+        generate_volume(lender, random_prior(), name="n", strength=1.0, steps=2, stripped=s).array
+        for s in (False, True)
+    )
     assert np.abs(whole - brain).mean() > 1.0
 
 
@@ -153,14 +156,30 @@ def test_resume_completes_a_partial_dataset(tmp_path: Path, scans: Path, prior: 
         np.testing.assert_array_equal(voxels(out, name), voxels(unbroken, name))
 
 
-def test_cases_kept_on_resume_keep_their_provenance(tmp_path: Path, scans: Path, prior: str) -> None:
+def test_resume_with_other_settings_makes_the_cases_anew(tmp_path: Path, scans: Path, prior: str) -> None:
     out = tmp_path / "out"
-    augment(scans, out, number=1, prior=prior, steps=2)
-    augment(scans, out, number=2, prior=prior, steps=3, resume=True)
+    augment(scans, out, number=2, prior=prior, steps=2)
+    run = augment(scans, out, number=1, prior=prior, steps=3, resume=True)
+    assert [case.status for case in run.cases] == ["done"]
     assert [(case["case"], case["steps"]) for case in content(out / "provenance.json")] == [
-        ("synth-0-0001", 2),
-        ("synth-0-0002", 3),
+        ("synth-0-0001", 3),
+        ("synth-0-0002", 2),
     ]
+
+
+@pytest.mark.parametrize("provenance", [None, "{", '{"a": 1}', '[{"case": "x"}]'])
+def test_a_dataset_that_is_not_ours_is_left_alone(
+    tmp_path: Path, scans: Path, prior: str, provenance: str | None
+) -> None:
+    out = tmp_path / "Dataset001_Real"
+    out.mkdir()
+    (out / "dataset.json").write_text("real")
+    if provenance is not None:
+        (out / "provenance.json").write_text(provenance)
+    with pytest.raises(MedfusionError, match=r"did not make|not a list of synthetic cases"):
+        augment(scans, out, number=1, prior=prior, steps=2, overwrite=True)
+    assert (out / "dataset.json").read_text() == "real"
+    assert not (out / "imagesTr").exists()
 
 
 def test_a_second_seed_adds_to_the_dataset(tmp_path: Path, scans: Path, prior: str) -> None:
@@ -186,6 +205,42 @@ def test_a_dicom_series_may_lend_its_grid(tmp_path: Path, prior: str) -> None:
     write_series(tmp_path / "in", head(affine, shape, noise=20).clip(0).astype(np.uint16), affine)
     assert augment(tmp_path / "in", tmp_path / "out", number=1, prior=prior, steps=2).exit_code == 0
     assert check_raw_dataset(tmp_path / "out") == ["synth-0-0001"]
+
+
+def test_strength_says_how_much_of_the_deformed_parent_is_kept() -> None:
+    shape, affine = (40, 40, 40), grid((40, 40, 40))
+    parent = Volume(head(affine, shape, noise=20), affine, "parent")
+    correlation = []
+    for strength in (0.05, 0.5, 1.0):
+        new = generate_volume(parent, white_prior(), name="new", strength=strength, steps=3)
+        correlation.append(np.corrcoef(new.array.ravel(), parent.array.ravel())[0, 1])
+    assert correlation[0] > 0.7  # the deformation alone takes a part
+    assert correlation[0] > correlation[1] + 0.1 > correlation[2] + 0.1
+    assert abs(correlation[2]) < 0.05
+
+
+def test_a_deformation_is_smooth_seeded_and_of_the_stated_size() -> None:
+    shape = (48, 44, 40)
+    index = np.indices(shape).astype(np.float32)
+    moved = np.stack([deformed(axis, seed=5) - axis for axis in index])[:, 12:-12, 12:-12, 12:-12]
+    np.testing.assert_array_equal(
+        deformed(index[0], seed=5)[12:-12, 12:-12, 12:-12] - index[0, 12:-12, 12:-12, 12:-12], moved[0]
+    )
+    assert 1.0 < np.sqrt((moved**2).mean()) < 4.0
+    assert np.abs(np.diff(moved, axis=1)).max() < 0.6  # voxels a voxel: nothing folds over
+    assert not np.array_equal(deformed(index[0], seed=6), deformed(index[0], seed=5))
+
+
+def test_unusable_scans_are_refused_by_name(tmp_path: Path, scans: Path, prior: str) -> None:
+    (scans / "broken.nii.gz").write_bytes(b"no scan")
+    run = augment(scans, tmp_path / "out", number=2, prior=prior, steps=2)
+    assert [(case.name, case.status) for case in run.cases] == [
+        ("broken", "refused"),
+        ("synth-0-0001", "done"),
+        ("synth-0-0002", "done"),
+    ]
+    assert run.exit_code == 1
+    assert check_raw_dataset(tmp_path / "out") == ["synth-0-0001", "synth-0-0002"]
 
 
 def test_nothing_usable_to_lend_a_grid(tmp_path: Path, prior: str) -> None:

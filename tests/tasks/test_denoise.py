@@ -174,7 +174,7 @@ def write_dicom(folder: Path, modality: str = "MR") -> NDArray[np.float64]:
     shape = (44, 40, 30)
     affine = scanner_affine("sagittal", (1.8, 2.0, 2.6), angles=(8, -5, 12))
     affine[:3, 3] += CENTRE - nibabel.affines.apply_affine(affine, (np.array(shape) - 1) / 2)
-    array = head(affine, shape, noise=40).clip(0).round().astype(np.uint16)
+    array = (head(affine, shape, noise=40) + 200).clip(0).round().astype(np.uint16)
     write_series(folder, array, affine, modality=modality)
     return affine
 
@@ -200,6 +200,33 @@ def test_dicom_in_one_nifti_file_out(tmp_path: Path) -> None:
     np.testing.assert_allclose(result.affine, affine, atol=1e-4)
     expected = posterior_mean(read(discover(tmp_path / "in")[0]).array, 150.0)
     np.testing.assert_allclose(result.get_fdata(), expected, atol=0.02)
+
+
+def test_the_constant_outside_a_skull_stripped_brain_is_kept() -> None:
+    shape = (40, 40, 40)
+    affine = grid(shape)
+    scan = head(affine, shape, noise=20)
+    outside = head(affine, shape) < 100
+    scan[outside] = 0
+    result = denoise_volume(Volume(scan, affine, "stripped"), white_prior(), sigma=100.0).volume.array
+    assert outside.mean() > 0.2
+    assert (result[outside] == 0).all()
+    assert not np.array_equal(result[~outside], scan[~outside])
+
+
+def test_an_outlier_keeps_its_height_and_disturbs_nothing() -> None:
+    shape = (40, 40, 40)
+    affine = grid(shape)
+    scan = head(affine, shape, noise=20)
+    wild = scan.copy()
+    wild[20, 20, 20] = 1e7
+    plain, with_outlier = (
+        denoise_volume(Volume(a, affine, "v"), random_prior(), sigma=40.0).volume.array for a in (scan, wild)
+    )
+    assert with_outlier[20, 20, 20] == pytest.approx(1e7, rel=0.01)
+    far = np.ones(shape, bool)
+    far[8:33, 8:33, 8:33] = False
+    np.testing.assert_allclose(with_outlier[far], plain[far], atol=20)
 
 
 def test_a_ct_series_fails_and_leaves_nothing(tmp_path: Path) -> None:

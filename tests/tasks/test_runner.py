@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ def writing_jobs(out: Path, calls: list[str], text: str = "new") -> list[Job]:
         return f"{name} with {prior.name}"
 
     names = {name: [out / f"{name}_1.txt", out / f"{name}_2.txt"] for name in "abc"}
-    return [Job(name, targets, partial(work, name, targets)) for name, targets in names.items()]
+    return [Job(name, (), targets, partial(work, name, targets)) for name, targets in names.items()]
 
 
 def record(out: Path) -> dict[str, Any]:
@@ -91,7 +92,7 @@ def test_an_unforeseen_exception_fails_its_case_alone(tmp_path: Path, settings: 
     def divide(prior: Prior) -> str:
         return str(1 / 0)
 
-    jobs[1] = Job("b", jobs[1].targets, divide)
+    jobs[1] = Job("b", (), jobs[1].targets, divide)
     run = run_jobs(settings(), jobs)
     assert [case.status for case in run.cases] == ["done", "failed", "done"]
     assert run.cases[1].message == "ZeroDivisionError: division by zero"
@@ -116,7 +117,7 @@ def test_run_json_tells_the_whole_story(tmp_path: Path, settings: Callable[..., 
         "resume": False,
     }
     assert written["prior"]["name"] == "tiny"
-    assert written["prior"]["process"] == {"schedule": "cosine", "steps": 1000, "prediction": "v"}
+    assert written["prior"]["config"]["process"] == {"schedule": "cosine", "steps": 1000, "prediction": "v"}
     assert written["prior"]["data"] == "phantoms"
     assert written["environment"]["medfusion"] == medfusion.__version__
     assert written["environment"]["torch"] == torch.__version__
@@ -152,9 +153,8 @@ def test_overwrite_does_everything_again(tmp_path: Path, settings: Callable[...,
 
 def test_resume_keeps_what_is_whole_and_does_the_rest(tmp_path: Path, settings: Callable[..., Settings]) -> None:
     out, calls = tmp_path / "out", []
-    out.mkdir()
-    for name in ("a_1", "a_2", "b_1"):  # a is whole, b is not, c was not begun
-        (out / f"{name}.txt").write_text("old")
+    run_jobs(settings(), writing_jobs(out, [], text="old")[:2])
+    (out / "b_2.txt").unlink()  # a is whole, b is not, c was not begun
     run = run_jobs(settings(resume=True), writing_jobs(out, calls))
     assert calls == ["b", "c"]
     assert [case.status for case in run.cases] == ["skipped", "done", "done"]
@@ -162,6 +162,45 @@ def test_resume_keeps_what_is_whole_and_does_the_rest(tmp_path: Path, settings: 
     assert (out / "a_1.txt").read_text() == "old"
     assert (out / "b_1.txt").read_text() == "new"
     assert record(out)["cases"][0]["outputs"] == [str(out / "a_1.txt"), str(out / "a_2.txt")]
+
+
+def test_resume_keeps_nothing_that_other_inputs_or_settings_made(
+    tmp_path: Path, settings: Callable[..., Settings]
+) -> None:
+    out, scan = tmp_path / "out", tmp_path / "in" / "scan"
+    scan.write_text("one patient")
+
+    def statuses(options: dict[str, Any]) -> list[str]:
+        jobs = [replace(job, inputs=(scan,)) for job in writing_jobs(out, [])[:1]]
+        return [case.status for case in run_jobs(settings(resume=True, options=options), jobs).cases]
+
+    assert statuses({"sigma": 1}) == ["done"]
+    assert statuses({"sigma": 1}) == ["skipped"]
+    assert statuses({"sigma": 2}) == ["done"]
+    scan.write_text("another one")
+    assert statuses({"sigma": 2}) == ["done"]
+    assert record(out)["cases"][0]["inputs"] == [str(scan)]
+    (out / "run.json").write_text("{}")
+    with pytest.raises(MedfusionError, match="not a record to resume from"):
+        statuses({"sigma": 2})
+
+
+def test_overwrite_and_resume_exclude_each_other(settings: Callable[..., Settings]) -> None:
+    with pytest.raises(MedfusionError, match="exclude each other"):
+        run_jobs(settings(overwrite=True, resume=True), [])
+
+
+def test_a_failed_case_leaves_none_of_its_results(tmp_path: Path, settings: Callable[..., Settings]) -> None:
+    out = tmp_path / "out"
+    [job, *_] = writing_jobs(out, [])
+
+    def half(prior: Prior) -> str:
+        job.targets[0].write_text("half")
+        raise OSError("disk gone")
+
+    run = run_jobs(settings(), [Job("a", (), job.targets, half)])
+    assert run.cases[0].status == "failed"
+    assert [path.name for path in out.iterdir()] == ["run.json"]
 
 
 def test_resume_tries_a_failed_case_again(tmp_path: Path, prior: str) -> None:
@@ -199,7 +238,7 @@ def test_ctrl_c_keeps_what_is_done_and_says_so(tmp_path: Path, settings: Callabl
     def interrupted(prior: Prior) -> str:
         raise KeyboardInterrupt
 
-    run = run_jobs(settings(), [jobs[0], Job("b", jobs[1].targets, interrupted), jobs[2]])
+    run = run_jobs(settings(), [jobs[0], Job("b", (), jobs[1].targets, interrupted), jobs[2]])
     assert run.exit_code == 130
     assert calls == ["a"]
     assert record(out)["interrupted"] is True
@@ -236,8 +275,14 @@ def test_the_device_is_checked() -> None:
 
 @pytest.mark.parametrize(
     ("statuses", "interrupted", "code"),
-    [([], False, 0), (["done", "skipped"], False, 0), (["done", "refused"], False, 1), (["failed"], True, 130)],
+    [
+        ([], False, 0),
+        (["done", "skipped"], False, 0),
+        (["done", "refused"], False, 1),
+        (["refused", "refused"], False, 2),
+        (["failed"], True, 130),
+    ],
 )
 def test_exit_codes(statuses: list[str], interrupted: bool, code: int) -> None:
     cases = [Case("a", status) for status in statuses]  # type: ignore[arg-type]
-    assert Run("test", {}, {}, {}, cases=cases, interrupted=interrupted).exit_code == code
+    assert Run("test", {}, {}, {}, "now", cases=cases, interrupted=interrupted).exit_code == code
