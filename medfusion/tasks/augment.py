@@ -24,7 +24,7 @@ from medfusion.tasks.checks import check_scan
 from medfusion.tasks.runner import Job, Run, Settings, require_folder, run_jobs
 from medfusion.volume import Volume
 
-SMOOTHNESS, DISPLACEMENT = 10.0, 2.0  # voxels: Gaussian width and root mean square of the random displacements
+SMOOTHNESS, DISPLACEMENT = 16.0, 2.0  # voxels: Gaussian width and root mean square of the random displacements
 LINEAR = 0.03  # standard deviation of each entry of the linear part, beside the identity
 LABELS = {"background": 0, "tissue": 1}  # all that a prior without labels can tell
 

@@ -77,8 +77,8 @@ def detect_volume(
     noise_time: float = 0.8,
     steps: int = 3,
     samples: int = 4,
-    threshold: float = 3.5,
-    min_ml: float = 0.2,
+    threshold: float = 2.5,
+    min_ml: float = 0.5,
     seed: int = 0,
 ) -> Detection:
     """Reconstruct a scan with the prior and map where it differs.
@@ -87,7 +87,8 @@ def detect_volume(
     ----------
     noise_time : process time in (0, 1] to which the scan is noised: later forgets more of it.
     steps : evaluations of the prior on the way back, for each of ``samples`` reconstructions.
-    threshold : of the heatmap, in standard deviations; ``min_ml`` drops smaller regions of the mask.
+    threshold : of the heatmap, in standard deviations; 2.5 is exceeded by 0.1 % of the brain voxels of five healthy
+        scans held out of the training of brain-t1. ``min_ml`` drops smaller regions of the mask.
     seed : with the case name it fixes the noise.
 
     Raises
@@ -190,8 +191,8 @@ def detect(
     noise_time: float = 0.8,
     steps: int = 3,
     samples: int = 4,
-    threshold: float = 3.5,
-    min_ml: float = 0.2,
+    threshold: float = 2.5,
+    min_ml: float = 0.5,
     seed: int = 0,
     device: str | None = None,
     volume: int | None = None,
