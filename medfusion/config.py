@@ -83,9 +83,9 @@ class Config(Strict):
 
 
 def _parse(value: str) -> Any:
-    """A YAML scalar or list; what YAML cannot read, such as the pattern *_T1.nii.gz, is a string."""
+    """A YAML scalar or list; nothing, and what YAML cannot read, such as the pattern *_T1.nii.gz, is a string."""
     try:
-        return yaml.safe_load(value)
+        return yaml.safe_load(value) if value else ""
     except yaml.YAMLError:
         return value
 

@@ -33,7 +33,8 @@ def test_errors_print_as_one_block():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configs_are_valid(path):
-    config = load_config(path, ["training.steps=7", "data.images=*_x.nii.gz"])
+    config = load_config(path, ["training.steps=7", "data.images=*_x.nii.gz", "data.masks="])
+    assert config.data.masks == ""
     assert config.training.steps == 7
     assert config.data.images == "*_x.nii.gz"
 

@@ -29,7 +29,7 @@ def show_run(run: Run, output: Path) -> int:
         table.add_row(escape(case.name), status, f"{case.seconds:.1f}", escape(case.message))
     console.print(table)
     count = {status: sum(case.status == status for case in run.cases) for status in colour}
-    summary = ", ".join(f"{n} {status}" for status, n in count.items() if n)
+    summary = ", ".join(f"{n} {status}" for status, n in count.items() if n) or "nothing done"
     line = f"{summary} in {run.seconds:.1f} s{' (interrupted)' if run.interrupted else ''}. Results: {output}"
     console.print(line, markup=False, highlight=False, soft_wrap=True)  # a path is to be copied as it is
     return run.exit_code

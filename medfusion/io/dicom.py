@@ -277,7 +277,7 @@ def _multi_frame_geometry(header: FileDataset) -> tuple[tuple[int, ...], NDArray
         with _quiet_pydicom():
             image = highdicom.imread(_path(header), lazy_frame_retrieval=True)
             geometry = image.get_volume_geometry(allow_duplicate_positions=False)
-    except Exception:
+    except Exception:  # highdicom raises whatever a damaged header makes it stumble over
         return shape, None, [f"enhanced multi-frame: the geometry of its {frames} frames is damaged"]
     if geometry is None:
         return shape, None, [f"enhanced multi-frame: its {frames} frames are not one regular stack of single slices"]

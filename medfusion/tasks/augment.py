@@ -126,7 +126,7 @@ def augment(
     def work(name: str, series: Series, image: Path, label: Path, loaded: Prior) -> str:
         parent = read(series, volume)
         new = generate_volume(parent, loaded, name=name, strength=strength, steps=steps, stripped=stripped, seed=seed)
-        write_nifti(new, image, overwrite=replace, description=f"medfusion {loaded.name}: SYNTHETIC, no patient")
+        write_nifti(new, image, overwrite=replace, description=f"SYNTHETIC, made by medfusion with {loaded.name}")
         tissue = foreground(new.array).astype(np.uint8)
         write_nifti(new.with_array(tissue), label, overwrite=replace)
         return f"from {series.name}"

@@ -122,8 +122,7 @@ def reconstruct(
 ) -> NDArray[np.float32]:
     """(samples, d, h, w): the image noised to ``noise_time`` and brought back by DDIM, once for each draw of noise."""
     spacing = prior.config.preprocessing.spacing
-    even = [n + n % 2 for n in image.shape]
-    context = context_channels(even, (0, 0, 0), centre, spacing, kind=0.0)[None]
+    context = context_channels(image.shape, (0, 0, 0), centre, spacing, kind=0.0)[None]
     denoise = prior.denoiser(context)
     x0 = torch.from_numpy(image)[None, None].to(prior.device)
     times = uniform_times(noise_time, steps).to(prior.device)
