@@ -21,9 +21,20 @@ class Strict(BaseModel):
 class ProcessConfig(Strict):
     """The forward process x_t = alpha(t) x_0 + sigma(t) eps and what the network predicts of it."""
 
-    schedule: Literal["linear", "cosine"] = "cosine"
+    family: Literal["vp", "sub-vp", "ve"] = "vp"
+    schedule: Literal["linear", "scaled_linear", "sigmoid", "cosine"] = "cosine"  # of vp and sub-vp
+    sigma_min: float = Field(0.01, gt=0)  # of ve, as sigma_max, in units of the images, which go from -1 to +1
+    sigma_max: float = Field(50.0, gt=0)
     steps: int = Field(1000, ge=2)
-    prediction: Literal["epsilon", "x0", "v"] = "v"
+    prediction: Literal["epsilon", "x0", "v", "score", "edm"] = "v"
+    learned_variance: bool = False  # of the reverse steps; trained by the objective "hybrid"
+    sigma_data: float = Field(0.7, gt=0)  # standard deviation of the images, used by "edm"
+
+    @model_validator(mode="after")
+    def _sigmas_grow(self) -> ProcessConfig:
+        if self.sigma_min >= self.sigma_max:
+            raise ValueError(f"sigma_min {self.sigma_min} is not below sigma_max {self.sigma_max}")
+        return self
 
 
 class NetworkConfig(Strict):
@@ -60,6 +71,7 @@ class DataConfig(Strict):
 class TrainingConfig(Strict):
     """The optimisation."""
 
+    objective: Literal["simple", "score_matching", "likelihood", "min_snr", "edm", "hybrid"] = "simple"
     steps: int = Field(3000, ge=1)
     batch: int = Field(2, ge=1)
     learning_rate: float = Field(6e-4, gt=0)
@@ -80,6 +92,12 @@ class Config(Strict):
     training: TrainingConfig = TrainingConfig()
     licence: str = ""  # of the weights, with the attribution that the data demand
     notes: str = ""  # printed in the model card: intended use and limits
+
+    @model_validator(mode="after")
+    def _hybrid_learns_the_variance(self) -> Config:
+        if self.process.learned_variance != (self.training.objective == "hybrid"):
+            raise ValueError("process.learned_variance and the objective hybrid go together")
+        return self
 
 
 def _parse(value: str) -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medfusion.config import Config
-from medfusion.diffusion import Denoiser, Process
+from medfusion.diffusion import VE, VP, Denoiser, Network, Process, SubVP
 from medfusion.errors import MedfusionError
 from medfusion.networks import ResidualUNet
 
@@ -23,7 +23,21 @@ FORMAT = "medfusion-prior-1"
 
 def build_network(config: Config) -> ResidualUNet:
     """The network that a config describes, freshly initialised."""
-    return ResidualUNet(config.network.channels, config.network.blocks)
+    return ResidualUNet(config.network.channels, config.network.blocks, 2 if config.process.learned_variance else 1)
+
+
+def build_process(config: Config) -> Process:
+    """The forward process that a config describes."""
+    process = config.process
+    if process.family == "ve":
+        return VE(process.sigma_min, process.sigma_max, process.steps)
+    return (VP if process.family == "vp" else SubVP)(process.schedule, process.steps)
+
+
+def build_denoiser(config: Config, network: Network) -> Denoiser:
+    """How a config says that its network is to be read; training and use go through it alike."""
+    process = config.process
+    return Denoiser(network, build_process(config), process.prediction, process.learned_variance, process.sigma_data)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +63,7 @@ class Prior:
     @property
     def process(self) -> Process:
         """The forward process it was trained with; there is no second place to state it."""
-        return Process(self.config.process.schedule, self.config.process.steps)
+        return build_process(self.config)
 
     @property
     def device(self) -> torch.device:
@@ -79,12 +93,12 @@ class Prior:
                 given = (
                     F.pad(given.to(x.device), _far_side(grown), mode="replicate") if any(grown) else given.to(x.device)
                 )
-            with torch.inference_mode(), torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bfloat16(x.device)):
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bfloat16(x.device)):
                 output = self.network(x, log_noise_ratio.to(x.device), given)
             d, h, w = (slice(margin, margin + n) for n in shape)
             return output[..., d, h, w]
 
-        return Denoiser(network, self.process, self.config.process.prediction)
+        return build_denoiser(self.config, network)
 
     def save(self, path: Path) -> None:
         """Write weights in half precision and everything else as JSON in the file's metadata."""

@@ -1,56 +1,170 @@
-"""Denoiser: what samplers and tasks see of a network, x_0 = denoise(x_t, t); and the DDPM objective that trains it."""
+"""Denoiser: a network and how to read it; samplers and tasks see x_0 = denoise(x_t, t) and nothing else of it.
+
+Whatever a network predicts is a combination p x_0 + q eps of the images that make x_t = alpha x_0 + sigma eps. Two
+equations with two unknowns: x_t and the prediction give x_0 and eps, and these give every other parametrisation.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from medfusion.diffusion.process import Process, expand
+from medfusion.diffusion.process import Process, Time, expand
 
-Prediction = Literal["epsilon", "x0", "v"]
+Prediction = Literal["epsilon", "x0", "v", "score", "edm"]
+Variance = Literal["small", "large", "learned"]
 Network = Callable[[Tensor, Tensor], Tensor]
-"""(x_t (b, c, d, h, w), log noise ratio (b,)) -> prediction (b, c, d, h, w)."""
+"""(x_t (b, c, ...), log noise ratio (b,)) -> prediction (b, c, ...), with learned variance (b, 2c, ...)."""
+Guidance = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_t (b, c, ...), t (b,), x_0 (b, c, ...)) -> the x_0 to go on with."""
 
 
-def target(prediction: Prediction, process: Process, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """What the network should answer: eps, x_0, or v = alpha eps - sigma x_0 (Salimans & Ho 2022)."""
+def coefficients(prediction: Prediction, process: Process, t: Time, sigma_data: float = 0.5) -> tuple[Tensor, Tensor]:
+    """(p, q) of the prediction p x_0 + q eps at t.
+
+    "epsilon" (Ho et al. 2020); "x0"; "v" = alpha eps - sigma x_0 (Salimans & Ho 2022); "score", the gradient of log
+    q(x_t | x_0), - eps / sigma; "edm", what the network inside the preconditioning of Karras et al. 2022 (eq. 7) is
+    asked for, (r / sigma_data x_0 - sigma_data eps) / (r^2 + sigma_data^2)^(1/2): for VP and sigma_data = 1 this is -v.
+    """
+    ratio, alpha, sigma = process.noise_ratio(t), process.alpha(t), process.sigma(t)
     if prediction == "epsilon":
-        return noise
+        return torch.zeros_like(ratio), torch.ones_like(ratio)
     if prediction == "x0":
-        return x0
-    return expand(process.alpha(t), x0) * noise - expand(process.sigma(t), x0) * x0
+        return torch.ones_like(ratio), torch.zeros_like(ratio)
+    if prediction == "v":
+        return -sigma, alpha
+    if prediction == "score":
+        return torch.zeros_like(ratio), -1 / sigma
+    if prediction == "edm":
+        scale = (ratio**2 + sigma_data**2).rsqrt()
+        return scale * ratio / sigma_data, -scale * sigma_data
+    raise ValueError(f"prediction {prediction!r} is none of epsilon, x0, v, score, edm")
 
 
-def clean_image(prediction: Prediction, process: Process, output: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """x_0 from the network's answer at x_t = x, the inverse of ``target``."""
-    if prediction == "x0":
-        return output
-    alpha, sigma = expand(process.alpha(t), x), expand(process.sigma(t), x)
-    if prediction == "epsilon":
-        return (x - sigma * output) / alpha
-    return alpha * x - sigma * output
+def target(
+    prediction: Prediction, process: Process, x0: Tensor, noise: Tensor, t: Time, sigma_data: float = 0.5
+) -> Tensor:
+    """What the network should answer for x_t = alpha x_0 + sigma eps."""
+    p, q = coefficients(prediction, process, t, sigma_data)
+    return expand(p, x0) * x0 + expand(q, x0) * noise
+
+
+def separate(
+    prediction: Prediction, process: Process, output: Tensor, x: Tensor, t: Time, sigma_data: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """(x_0, eps) from the network's answer at x_t = x, the inverse of ``target``, for t > 0.
+
+    To convert one parametrisation into another: ``target(b, process, *separate(a, process, output, x, t), t)``.
+    """
+    p, q = coefficients(prediction, process, t, sigma_data)
+    alpha, sigma = process.alpha(t), process.sigma(t)
+    scale = 1 / (alpha * q - sigma * p)
+    x0 = expand(q * scale, x) * x - expand(sigma * scale, x) * output
+    return x0, expand(alpha * scale, x) * output - expand(p * scale, x) * x
 
 
 @dataclass(frozen=True)
 class Denoiser:
-    """The posterior mean E[x_0 | x_t] that a trained network stands for."""
+    """The posterior mean E[x_0 | x_t] that a network stands for, with the process it belongs to.
+
+    Attributes
+    ----------
+    network : called with x_t and log r(t); a condition, such as a label, is bound to it before.
+    prediction : what it answers with, see ``coefficients``.
+    learned_variance : whether it answers with twice the channels, the second half saying where between log of the small
+        and log of the large variance that of a reverse step lies, -1 to 1 (Nichol & Dhariwal 2021, eq. 15).
+    sigma_data : standard deviation of the data; only "edm" uses it.
+    """
 
     network: Network
     process: Process
-    prediction: Prediction
+    prediction: Prediction = "v"
+    learned_variance: bool = False
+    sigma_data: float = 0.5
+    guidance: Guidance | None = None
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """x_0 (b, c, d, h, w) in float32 for x_t = x and times t (b,)."""
-        output = self.network(x, self.process.log_noise_ratio(t).float()).float()
-        return clean_image(self.prediction, self.process, output, x.float(), t)
+    def __call__(self, x: Tensor, t: Time) -> Tensor:
+        """x_0 (b, c, ...) for x_t = x and t in (0, 1], in float32 or wider.
+
+        Raises
+        ------
+        ValueError : a time out of range.
+        FloatingPointError : the network's output is not finite.
+        """
+        return self.estimate(x, t)[0]
+
+    def estimate(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor | None]:
+        """x_0, and for learned variance where between small (0) and large (1) it lies, both (b, c, ...)."""
+        x, t = widened(x), _one_a_sample(t, x)
+        output, fraction = self.answer(x, t)
+        if not bool(torch.isfinite(output).all()):
+            raise FloatingPointError(f"the network's output is not finite at t = {float(t.max()):.4g}")
+        x0, _ = separate(self.prediction, self.process, output, x, t, self.sigma_data)
+        return (x0 if self.guidance is None else self.guidance(x, t, x0)), fraction
+
+    def answer(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor | None]:
+        """The network's prediction as it is, which is what objectives compare with ``target``; and the fraction."""
+        x, t = widened(x), _one_a_sample(t, x)
+        if not bool((t > 0).all()):
+            raise ValueError("a denoiser is asked for times in (0, 1]; at t = 0 the image is clean")
+        seen = x
+        if self.prediction == "edm":
+            ratio = self.process.noise_ratio(t)
+            seen = expand((ratio**2 + self.sigma_data**2).rsqrt() / self.process.alpha(t), x) * x
+        output = self.network(seen, self.process.log_noise_ratio(t).to(x)).to(x)
+        channels = 2 * x.shape[1] if self.learned_variance else x.shape[1]
+        if output.shape != (len(x), channels, *x.shape[2:]):
+            raise ValueError(
+                f"the network answers {tuple(x.shape)} with {tuple(output.shape)}, not {channels} channels"
+            )
+        if not self.learned_variance:
+            return output, None
+        output, position = output.chunk(2, dim=1)
+        return output, (position + 1) / 2
+
+    def score(self, x: Tensor, t: Time) -> Tensor:
+        """Gradient of log p(x_t) by x_t, (alpha x_0 - x_t) / sigma^2 (Tweedie's formula)."""
+        x = widened(x)
+        sigma = expand(self.process.sigma(t), x)
+        return (expand(self.process.alpha(t), x) * self(x, t) - x) / sigma**2
+
+    def guided(self, guidance: Guidance) -> Denoiser:
+        """The same denoiser with ``guidance`` applied to its x_0, after the guidance that it has already."""
+        earlier = self.guidance
+        if earlier is None:
+            return replace(self, guidance=guidance)
+        return replace(self, guidance=lambda x, t, x0: guidance(x, t, earlier(x, t, x0)))
 
 
-def simple_loss(
-    network: Network, process: Process, prediction: Prediction, x0: Tensor, noise: Tensor, t: Tensor
-) -> Tensor:
-    """L_simple of DDPM (Ho et al. 2020, eq. 14) for any prediction: the mean squared error of each sample, (b,)."""
-    output = network(process.add_noise(x0, noise, t), process.log_noise_ratio(t).float()).float()
-    return (output - target(prediction, process, x0, noise, t)).square().flatten(1).mean(dim=1)
+def reverse_variance(process: Process, s: Time, t: Time, kind: Variance, fraction: Tensor | None = None) -> Tensor:
+    """Variance of p(x_s | x_t) for s < t: one a time in float64, or with "learned" one a voxel, as ``fraction``.
+
+    "small" is that of the posterior q(x_s | x_t, x_0), "large" that of the transition q(x_t | x_s): the right ones for
+    data that are one point and for data that are white noise (Ho et al. 2020, section 3.2). At s = 0 the small variance
+    is zero; as Nichol & Dhariwal do, that of the step before stands in.
+    """
+    t = torch.as_tensor(t, dtype=torch.float64)
+    s = torch.as_tensor(s, dtype=torch.float64)
+    _, large = process.transition(s, t)
+    low, high = torch.where(s > 0, s, t), torch.where(s > 0, t, (2 * t).clamp(max=1))
+    small = process.transition(low, high)[1] * (process.sigma(low) / process.sigma(high)) ** 2
+    if kind == "small":
+        return small
+    if kind == "large":
+        return large
+    if fraction is None:
+        raise ValueError("variance 'learned' needs a denoiser with learned variance")
+    return (expand(small.log(), fraction) + fraction * expand((large / small).log(), fraction)).exp()  # eq. 15
+
+
+def widened(x: Tensor) -> Tensor:
+    """At least float32: in half precision a step smaller than 1/256 of the value would be lost."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _one_a_sample(t: Time, x: Tensor) -> Tensor:
+    return torch.as_tensor(t, dtype=torch.float64).expand(len(x))

@@ -1,89 +1,319 @@
-"""The variance-preserving process q(x_t | x_0) = N(alpha(t) x_0, sigma(t)^2 I), alpha^2 + sigma^2 = 1.
+"""Forward processes: VP, sub-VP and VE, each the marginals of a linear SDE and each a chain of T discrete steps.
 
-Time is continuous in [0, 1]; the T steps of DDPM (Ho et al. 2020) are the grid t_k = k / (T - 1), on which the values
-are exactly the discrete ones. Between grid points log(sigma / alpha) is interpolated linearly.
+    dx = f(t) x dt + g(t) dw          x_t = alpha(t) x_0 + sigma(t) eps          (Song et al. 2021b)
+
+One number says how far a process has gone: the noise ratio r(t) = sigma(t) / alpha(t). In the coordinate x_t / alpha(t)
+every process is the same, x_0 + r eps; they differ in how alpha follows from r and in how r grows with t:
+
+    VP       alpha^2 + sigma^2 = 1           alpha = (1 + r^2)^(-1/2)
+    sub-VP   sigma = 1 - alpha^2             alpha = 2 / (r + (r^2 + 4)^(1/2))
+    VE       alpha = 1
+
+Time is continuous in [0, 1] and t = 0 is the clean image. The steps of a discrete chain are the grid t_k = k / T,
+k = 1 ... T, on which the values are exactly the discrete ones; between grid points log r is interpolated linearly, and
+before the first one r^2 grows from 0 in proportion to t, as the variance of Brownian motion does.
 """
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
 import torch
+from scipy.optimize import brentq
+from scipy.special import ndtr
 from torch import Tensor
 
+Schedule = Literal["linear", "scaled_linear", "sigmoid", "cosine"]
+Time = Tensor | float
+"""A time for the whole batch (a float or a tensor without dimensions), or one a sample (b,)."""
+Generators = Sequence[torch.Generator]
+"""One CPU generator a sample, or one for the whole batch."""
 
-@dataclass(frozen=True)
-class Process:
-    """A noise schedule of ``steps`` steps: "linear" (Ho et al. 2020) or "cosine" (Nichol & Dhariwal 2021, eq. 17)."""
 
-    schedule: Literal["linear", "cosine"] = "cosine"
-    steps: int = 1000
+class Process(ABC):
+    """What all processes share. Values come in float64, in the shape of ``t``; every t outside [0, 1] is refused."""
 
-    @cached_property
-    def beta(self) -> Tensor:
-        """(steps,) float64: variance added at each discrete step."""
-        if self.schedule == "linear":
-            return torch.linspace(1e-4, 0.02, self.steps, dtype=torch.float64)
-        offset = 0.008
-        t = torch.arange(self.steps + 1, dtype=torch.float64) / self.steps
-        f = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
-        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    steps: int
 
     @cached_property
-    def alpha_bar(self) -> Tensor:
-        """(steps,) float64: alpha(t_k)^2, the product of 1 - beta up to step k."""
-        return torch.cumprod(1 - self.beta, dim=0)
+    @abstractmethod
+    def log_ratios(self) -> Tensor:
+        """(steps,) float64, increasing: log r at t_1 ... t_T."""
 
-    @cached_property
-    def _log_ratio(self) -> Tensor:
-        return 0.5 * (torch.log1p(-self.alpha_bar) - torch.log(self.alpha_bar))
+    @abstractmethod
+    def alpha_at(self, ratio: Tensor) -> Tensor:
+        """Signal scale alpha where the noise ratio has this value."""
 
-    def log_noise_ratio(self, t: Tensor) -> Tensor:
-        """log(sigma(t) / alpha(t)), float64, for times in [0, 1] of any shape."""
-        if bool(((t < 0) | (t > 1)).any()):
-            raise ValueError(f"times lie in [0, 1], got {float(t.min()):.4g} to {float(t.max()):.4g}")
-        table = self._log_ratio.to(t.device)
-        position = t.double() * (self.steps - 1)
-        below = position.floor().long().clamp(max=self.steps - 2)
-        return torch.lerp(table[below], table[below + 1], position - below)
+    @abstractmethod
+    def alpha_slope(self, ratio: Tensor) -> Tensor:
+        """Derivative of log alpha by log r, 0 or below."""
 
-    def noise_ratio(self, t: Tensor) -> Tensor:
-        """sigma(t) / alpha(t): the standard deviation of the noise relative to the clean image."""
+    def log_noise_ratio(self, t: Time) -> Tensor:
+        """Logarithm of sigma(t) / alpha(t); minus infinity at t = 0."""
+        position, below = self._place(t)
+        table = self.log_ratios.to(position.device)
+        within = torch.lerp(table[below], table[below + 1], (position - below).clamp(min=0))
+        return within + 0.5 * torch.log((position + 1).clamp(max=1))  # the second term is 0 from t_1 on
+
+    def noise_ratio(self, t: Time) -> Tensor:
+        """r(t) = sigma(t) / alpha(t): the standard deviation of the noise relative to the clean image."""
         return self.log_noise_ratio(t).exp()
 
-    def alpha(self, t: Tensor) -> Tensor:
-        """Signal scale at t, float64."""
-        return torch.sigmoid(-2 * self.log_noise_ratio(t)).sqrt()
+    def alpha(self, t: Time) -> Tensor:
+        """Scale of the clean image at t."""
+        return self.alpha_at(self.noise_ratio(t))
 
-    def sigma(self, t: Tensor) -> Tensor:
-        """Noise standard deviation at t, float64."""
-        return torch.sigmoid(2 * self.log_noise_ratio(t)).sqrt()
+    def sigma(self, t: Time) -> Tensor:
+        """Standard deviation of the noise at t."""
+        ratio = self.noise_ratio(t)
+        return ratio * self.alpha_at(ratio)
 
-    def time_of(self, noise_ratio: float) -> float:
-        """The t at which ``noise_ratio(t)`` is the given value, the inverse of ``noise_ratio``.
+    def time_of(self, ratio: Time) -> Tensor:
+        """The t at which ``noise_ratio(t)`` is ``ratio``, its inverse.
 
         Raises
         ------
-        ValueError : the value lies outside the range of the schedule.
+        ValueError : a ratio is negative, not a number, or beyond that of t = 1.
         """
-        low, high = float(self._log_ratio[0]), float(self._log_ratio[-1])
-        if not (noise_ratio > 0 and low - 1e-9 <= math.log(noise_ratio) <= high + 1e-9):
-            raise ValueError(
-                f"noise ratio {noise_ratio:.4g} outside the schedule's {math.exp(low):.4g} to {math.exp(high):.4g}"
-            )
-        target = torch.tensor(math.log(noise_ratio), dtype=torch.float64)
-        above = int(torch.searchsorted(self._log_ratio, target).clamp(1, self.steps - 1))
-        left, right = self._log_ratio[above - 1], self._log_ratio[above]
-        return float(((above - 1 + (target - left) / (right - left)) / (self.steps - 1)).clamp(0, 1))
+        ratio = torch.as_tensor(ratio, dtype=torch.float64)
+        table = self.log_ratios.to(ratio.device)
+        first, last = float(table[0].exp()), float(table[-1].exp())
+        if not bool(((ratio >= 0) & (ratio <= last * (1 + 1e-9))).all()):
+            raise ValueError(f"noise ratio {_range_of(ratio)} outside the process's 0 to {last:.4g}")
+        log = ratio.clamp(min=first).log()
+        above = torch.searchsorted(table, log.contiguous()).clamp(1, self.steps - 1)
+        within = (log - table[above - 1]) / (table[above] - table[above - 1])
+        late = ((above + within) / self.steps).clamp(max=1)
+        return torch.where(ratio < first, (ratio / first) ** 2 / self.steps, late)
 
-    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-        """x_t = alpha(t) x_0 + sigma(t) eps for a batch x0 (b, ...) and times t (b,)."""
+    def drift(self, t: Time) -> Tensor:
+        """f(t) = d log alpha / dt of the SDE, for t in (0, 1]."""
+        return self.alpha_slope(self.noise_ratio(t)) * self._log_ratio_slope(t)
+
+    def diffusion(self, t: Time) -> Tensor:
+        """g(t) of the SDE for t in (0, 1]: g^2 = d sigma^2 / dt - 2 f sigma^2 = 2 sigma^2 d log r / dt."""
+        return self.sigma(t) * (2 * self._log_ratio_slope(t)).sqrt()
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
+        """A sample of q(x_t | x_0): alpha(t) x_0 + sigma(t) eps for a batch (b, ...)."""
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
+
+    def transition(self, s: Time, t: Time) -> tuple[Tensor, Tensor]:
+        """q(x_t | x_s) = N(scale x_s, variance I) for s < t: (scale, variance)."""
+        return self.alpha(t) / self.alpha(s), self.sigma(t) ** 2 * self._new_share(s, t)
+
+    def posterior(self, x0: Tensor, x: Tensor, s: Time, t: Time) -> tuple[Tensor, Tensor]:
+        """q(x_s | x_t = x, x_0) = N(mean, variance I) for s < t (Ho et al. 2020, eq. 6 and 7): (mean, variance)."""
+        new, alpha_s, alpha_t = self._new_share(s, t), self.alpha(s), self.alpha(t)
+        mean = expand(alpha_s * new, x) * x0 + expand(alpha_s / alpha_t * (1 - new), x) * x
+        return mean, self.sigma(s) ** 2 * new
+
+    @cached_property
+    def grid(self) -> Tensor:
+        """(steps,) float64: the times t_1 ... t_T of the discrete chain."""
+        return torch.arange(1, self.steps + 1, dtype=torch.float64) / self.steps
+
+    @cached_property
+    def alpha_bar(self) -> Tensor:
+        """(steps,) float64: alpha(t_k)^2."""
+        return self.alpha(self.grid) ** 2
+
+    @cached_property
+    def beta(self) -> Tensor:
+        """(steps,) float64: variance of q(x_k | x_{k-1}); for VP the beta_k of DDPM."""
+        return self.transition(torch.cat([self.grid.new_zeros(1), self.grid[:-1]]), self.grid)[1]
+
+    def _place(self, t: Time) -> tuple[Tensor, Tensor]:
+        """Position on the grid, -1 at t = 0 and 0 at t_1, and the grid point below (the first, before it)."""
+        t = torch.as_tensor(t, dtype=torch.float64)
+        if not bool(((t >= 0) & (t <= 1)).all()):
+            raise ValueError(f"times lie in [0, 1], got {_range_of(t)}")
+        position = t * self.steps - 1
+        return position, position.floor().long().clamp(0, self.steps - 2)
+
+    def _new_share(self, s: Time, t: Time) -> Tensor:
+        """1 - (r_s / r_t)^2: how much of the noise variance at t came after s."""
+        return -torch.expm1(2 * (self.log_noise_ratio(s) - self.log_noise_ratio(t)))
+
+    def _log_ratio_slope(self, t: Time) -> Tensor:
+        """Derivative of log r by t."""
+        position, below = self._place(t)
+        if not bool((position > -1).all()):
+            raise ValueError("drift and diffusion are defined for t > 0")
+        table = self.log_ratios.to(position.device)
+        slope = (table[below + 1] - table[below]) * self.steps
+        return torch.where(position < 0, self.steps / (2 * (position + 1)), slope)
+
+
+@dataclass(frozen=True)
+class VP(Process):
+    """Variance-preserving: DDPM's chain.
+
+    ``schedule`` is "linear" (beta from 1e-4 to 0.02, Ho et al. 2020), "scaled_linear" (its root is linear), "sigmoid"
+    or "cosine" (Nichol & Dhariwal 2021, eq. 17).
+    """
+
+    schedule: Schedule = "cosine"
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        _require_steps(self.steps)
+
+    @cached_property
+    def log_ratios(self) -> Tensor:
+        """log of ((1 - alpha_bar) / alpha_bar)^(1/2)."""
+        log_alpha_bar = _log_alpha_bar(self.schedule, self.steps)
+        return 0.5 * (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar)
+
+    def alpha_at(self, ratio: Tensor) -> Tensor:
+        """alpha^2 (1 + r^2) = 1."""
+        return (1 + ratio**2).rsqrt()
+
+    def alpha_slope(self, ratio: Tensor) -> Tensor:
+        """- r^2 / (1 + r^2) = - sigma^2."""
+        return -(ratio**2) / (1 + ratio**2)
+
+
+@dataclass(frozen=True)
+class SubVP(Process):
+    """The sub-VP SDE (Song et al. 2021b, eq. 29): alpha as of VP, less noise, sigma = 1 - alpha^2."""
+
+    schedule: Schedule = "linear"
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        _require_steps(self.steps)
+
+    @cached_property
+    def log_ratios(self) -> Tensor:
+        """log of (1 - alpha_bar) / alpha_bar^(1/2)."""
+        log_alpha_bar = _log_alpha_bar(self.schedule, self.steps)
+        return torch.log(-torch.expm1(log_alpha_bar)) - 0.5 * log_alpha_bar
+
+    def alpha_at(self, ratio: Tensor) -> Tensor:
+        """The positive root of alpha^2 + r alpha = 1."""
+        return 2 / (ratio + (ratio**2 + 4).sqrt())
+
+    def alpha_slope(self, ratio: Tensor) -> Tensor:
+        """- r / (r^2 + 4)^(1/2)."""
+        return -ratio * (ratio**2 + 4).rsqrt()
+
+
+@dataclass(frozen=True)
+class VE(Process):
+    """Variance-exploding: x_0 + sigma eps with sigmas in geometric progression (NCSN, Song & Ermon 2019)."""
+
+    sigma_min: float = 0.01
+    sigma_max: float = 50.0
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        _require_steps(self.steps)
+        if not 0 < self.sigma_min < self.sigma_max < math.inf:
+            raise ValueError(f"VE needs 0 < sigma_min < sigma_max, got {self.sigma_min} and {self.sigma_max}")
+
+    @classmethod
+    def of_data(cls, data: Tensor, sigma_min: float = 0.01) -> VE:
+        """NCSN's noise sequence for a data set (n, ...) (Song & Ermon 2020, Techniques 1 and 2).
+
+        The largest sigma is the largest distance between two samples, so that noise bridges all of them; the number of
+        steps makes the ratio of neighbouring sigmas no larger than ``ncsn_ratio`` of the dimension.
+
+        Raises
+        ------
+        ValueError : fewer than two different samples, or fewer than five dimensions.
+        """
+        flat = data.double().flatten(1)
+        sigma_max = float(torch.pdist(flat).max()) if len(flat) > 1 else 0.0
+        if not sigma_min < sigma_max < math.inf:
+            raise ValueError(f"largest distance of {len(flat)} sample(s) is {sigma_max}, sigma_min is {sigma_min}")
+        steps = 1 + math.ceil(math.log(sigma_max / sigma_min) / math.log(ncsn_ratio(flat.shape[1])))
+        return cls(sigma_min, sigma_max, max(steps, 2))
+
+    @cached_property
+    def log_ratios(self) -> Tensor:
+        """log sigma, evenly spaced."""
+        return torch.linspace(math.log(self.sigma_min), math.log(self.sigma_max), self.steps, dtype=torch.float64)
+
+    def alpha_at(self, ratio: Tensor) -> Tensor:
+        """1."""
+        return torch.ones_like(ratio)
+
+    def alpha_slope(self, ratio: Tensor) -> Tensor:
+        """0."""
+        return torch.zeros_like(ratio)
+
+
+def ncsn_ratio(dimensions: int) -> float:
+    """The ratio gamma of neighbouring sigmas at which the shells that noise draws in D dimensions overlap by half.
+
+    It solves Phi(sqrt(2D) (gamma - 1) + 3 gamma) - Phi(sqrt(2D) (gamma - 1) - 3 gamma) = 0.5 (Song & Ermon 2020,
+    Technique 2).
+
+    Raises
+    ------
+    ValueError : fewer than five dimensions, where the overlap never falls to a half.
+    """
+    if dimensions < 5:
+        raise ValueError(f"{dimensions} dimension(s): the overlap of noise levels falls to a half from 5 on")
+    root = math.sqrt(2 * dimensions)
+
+    def excess(gamma: float) -> float:
+        shift = root * (gamma - 1)
+        return float(ndtr(shift + 3 * gamma) - ndtr(shift - 3 * gamma)) - 0.5
+
+    return float(brentq(excess, 1.0, 2 * root / (root - 3), xtol=1e-12))
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """(b,) to (b, 1, 1, ...) in the dtype of ``like``."""
-    return value.to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+    """A number a sample (b,), or one for all, as (b, 1, 1, ...) on the device and in the dtype of ``like``."""
+    return value.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def noise_like(x: Tensor, generators: Generators) -> Tensor:
+    """Standard normal noise (b, ...) in the dtype and on the device of ``x``, drawn on the CPU.
+
+    Each sample has its own generator, so that batching never changes a sample; one generator serves a whole batch.
+    """
+    if len(generators) == 1:
+        return torch.randn(x.shape, generator=generators[0], dtype=_drawn(x)).to(x)
+    if len(generators) != len(x):
+        raise ValueError(f"{len(x)} sample(s) need as many generators, or one for all; got {len(generators)}")
+    return torch.stack([torch.randn(x.shape[1:], generator=g, dtype=_drawn(x)) for g in generators]).to(x)
+
+
+def _drawn(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _log_alpha_bar(schedule: Schedule, steps: int) -> Tensor:
+    """(steps,) float64: log of the product of 1 - beta up to step k."""
+    if schedule == "linear":
+        beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)
+    elif schedule == "scaled_linear":
+        beta = torch.linspace(1e-4**0.5, 0.02**0.5, steps, dtype=torch.float64) ** 2
+    elif schedule == "sigmoid":
+        beta = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64)) * (0.02 - 1e-4) + 1e-4
+    elif schedule == "cosine":
+        offset = 0.008
+        t = torch.arange(steps + 1, dtype=torch.float64) / steps
+        f = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+    else:
+        raise ValueError(f"schedule {schedule!r} is none of linear, scaled_linear, sigmoid, cosine")
+    return torch.cumsum(torch.log1p(-beta), dim=0)
+
+
+def _require_steps(steps: int) -> None:
+    if steps < 2:
+        raise ValueError(f"a process has at least 2 steps, got {steps}")
+
+
+def _range_of(values: Tensor) -> str:
+    low, high = float(values.min()), float(values.max())
+    return f"{low:.4g}" if low == high else f"{low:.4g} to {high:.4g}"

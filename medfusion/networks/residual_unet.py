@@ -28,10 +28,10 @@ def fold(x: Tensor) -> Tensor:
 
 
 def unfold(x: Tensor) -> Tensor:
-    """(b, 8, d, h, w) to (b, 1, 2d, 2h, 2w), the inverse of ``fold``."""
-    b, _, d, h, w = x.shape
-    x = x.reshape(b, 2, 2, 2, d, h, w)
-    return x.permute(0, 4, 1, 5, 2, 6, 3).reshape(b, 1, 2 * d, 2 * h, 2 * w)
+    """(b, 8 c, d, h, w) to (b, c, 2d, 2h, 2w), the inverse of ``fold``."""
+    b, c, d, h, w = x.shape
+    x = x.reshape(b, c // 8, 2, 2, 2, d, h, w)
+    return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // 8, 2 * d, 2 * h, 2 * w)
 
 
 class Residual(nn.Module):
@@ -59,6 +59,7 @@ class ResidualUNet(nn.Module):
     ----------
     channels : of each resolution level, the first at half the input's resolution.
     blocks : residual blocks of each level, on the way down and again on the way up.
+    outputs : images in the answer: 2 with learned variance.
 
     The buffer ``atlas`` is read at the position channels and shown to the network beside them: coordinates alone are
     learnt too slowly (after 900 steps a sample still had no outline of a head).
@@ -66,7 +67,7 @@ class ResidualUNet(nn.Module):
 
     atlas: Tensor
 
-    def __init__(self, channels: Sequence[int], blocks: Sequence[int]) -> None:
+    def __init__(self, channels: Sequence[int], blocks: Sequence[int], outputs: int = 1) -> None:
         super().__init__()
         pairs = list(pairwise(channels))
         self.multiple = 2 ** len(channels)  # every edge of the input is a multiple of this
@@ -83,7 +84,7 @@ class ResidualUNet(nn.Module):
         self.up = nn.ModuleList(
             nn.ModuleList(Residual(c) for _ in range(n)) for c, n in zip(channels[:-1], blocks[:-1], strict=True)
         )
-        self.tail = nn.Conv3d(channels[0], 8, 3, padding=1)
+        self.tail = nn.Conv3d(channels[0], 8 * outputs, 3, padding=1)
         nn.init.zeros_(self.tail.weight)
 
     def forward(self, x: Tensor, log_noise_ratio: Tensor, context: Tensor | None = None) -> Tensor:

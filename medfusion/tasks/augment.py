@@ -16,7 +16,7 @@ from medfusion.data.crops import STRIPPED, WHOLE_HEAD, context_channels
 from medfusion.data.grid import canonical, resampled
 from medfusion.data.intensity import SEEN, centre_of, foreground, measure_scale
 from medfusion.data.seeds import case_generator
-from medfusion.diffusion import ddpm, noise_like, uniform_times
+from medfusion.diffusion import ddpm, noise_like, time_steps
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, discover, read, staged, write_nifti
 from medfusion.prior import Prior
@@ -68,10 +68,9 @@ def generate_volume(
     context = context_channels(image.shape, (0, 0, 0), centre, prior.config.preprocessing.spacing, kind)[None]
     x0 = torch.from_numpy(image)[None, None].to(prior.device)
     x = noise_like(x0, [generator])
-    times = uniform_times(strength, steps).to(prior.device)
-    if strength < 1:
-        x = prior.process.add_noise(x0, x, times[:1])
-    x = ddpm(prior.denoiser(context), prior.process, x, times, generators=[generator])
+    times = time_steps(prior.process, steps, start=strength)
+    x = prior.process.add_noise(x0 if strength < 1 else torch.zeros_like(x0), x, strength)
+    x = ddpm(prior.denoiser(context), x, times, generators=[generator])
     return Volume(scale.invert(x[0, 0].cpu().numpy()), grid.affine, name, parent.modality)
 
 

@@ -6,6 +6,7 @@ One evaluation of the prior there gives the posterior mean E[x_0 | x_t], the lea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -72,27 +73,23 @@ def denoise_volume(volume: Volume, prior: Prior, *, sigma: float | None = None, 
 
 
 def _time_of(prior: Prior, ratio: float, name: str) -> float:
-    lowest, highest = (float(prior.process.noise_ratio(torch.tensor(t))) for t in (0.0, 1.0))
+    lowest, highest = (float(prior.process.noise_ratio(t)) for t in (1 / prior.process.steps, 1.0))
     if ratio <= lowest:
         return 0.0
     if ratio > highest:
         raise MedfusionError(f"{name}: more noise than any time of the prior's process has", noise_ratio=f"{ratio:.3g}")
-    return prior.process.time_of(ratio)
+    return float(prior.process.time_of(ratio))
 
 
 def _posterior_mean(prior: Prior, image: Tensor, t: float, tile: int) -> Tensor:
     """E[x_0 | x_t] for image = x_t / alpha(t), (d, h, w)."""
-    time = torch.tensor([t], dtype=torch.float64)
-    x = (image * float(prior.process.alpha(time)))[None, None].to(prior.device)
+    x = (image * float(prior.process.alpha(t)))[None, None].to(prior.device)
     denoise = prior.denoiser(margin=MARGIN)
     size = tuple(min(tile, n) for n in image.shape)
     if size == tuple(image.shape):
-        return denoise(x, time.to(x.device))[0, 0]
-
-    def predict(part: Tensor) -> Tensor:
-        return denoise(part, time.to(part.device).expand(len(part)))
-
-    return torch.as_tensor(sliding_window_inference(x, size, 1, predict, overlap=OVERLAP, mode="gaussian"))[0, 0]
+        return denoise(x, t)[0, 0]
+    tiles = sliding_window_inference(x, size, 1, partial(denoise, t=t), overlap=OVERLAP, mode="gaussian")
+    return torch.as_tensor(tiles)[0, 0]
 
 
 def denoise(

@@ -22,7 +22,7 @@ from medfusion.data.grid import canonical, onto_grid, resampled
 from medfusion.data.intensity import SEEN, centre_of, foreground, measure_scale
 from medfusion.data.noise import estimate_noise
 from medfusion.data.seeds import case_generator
-from medfusion.diffusion import ddim, noise_like, uniform_times
+from medfusion.diffusion import ddim, noise_like, time_steps
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, read, staged, write_nifti
 from medfusion.prior import Prior
@@ -125,12 +125,12 @@ def reconstruct(
     context = context_channels(image.shape, (0, 0, 0), centre, spacing, kind=0.0)[None]
     denoise = prior.denoiser(context)
     x0 = torch.from_numpy(image)[None, None].to(prior.device)
-    times = uniform_times(noise_time, steps).to(prior.device)
+    times = time_steps(prior.process, steps, start=noise_time)
     rebuilt = []
     for sample in range(samples):
         noise = noise_like(x0, [case_generator(seed, name, sample)])
-        x = prior.process.add_noise(x0, noise, times[:1])
-        rebuilt.append(ddim(denoise, prior.process, x, times)[0, 0].cpu().numpy())
+        x = prior.process.add_noise(x0, noise, noise_time)
+        rebuilt.append(ddim(denoise, x, times)[0, 0].cpu().numpy())
     return np.stack(rebuilt)
 
 

@@ -22,12 +22,12 @@ from torch import Tensor
 
 from medfusion.config import Config
 from medfusion.data.crops import Batch, Case, draw_batch, mean_atlas, split, validation_batches
-from medfusion.diffusion import Process, simple_loss
+from medfusion.diffusion import hybrid_loss, regression_loss
 from medfusion.errors import MedfusionError
 from medfusion.io import staged
 from medfusion.networks import ResidualUNet
 from medfusion.networks.residual_unet import ATLAS, ATLAS_REACH
-from medfusion.prior import Prior, build_network, fast_bfloat16
+from medfusion.prior import Prior, build_denoiser, build_network, fast_bfloat16
 
 VALIDATION_TIMES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)
 WEIGHT_DECAY = 1e-5
@@ -68,7 +68,6 @@ def train(
     optimizer = torch.optim.AdamW(
         network.parameters(), config.training.learning_rate, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY, fused=True
     )
-    process = Process(config.process.schedule, config.process.steps)
     held_out = validation_batches(validation, config.data, config.training.seed)
     checkpoint = out / "checkpoint.pt"
     start = _restore(read_checkpoint(out, config), network, ema, optimizer) if resume else _clear(out)
@@ -76,7 +75,7 @@ def train(
     for step in range(start, config.training.steps):
         for group in optimizer.param_groups:
             group["lr"] = config.training.learning_rate * _warmup_then_cosine(step, config)
-        loss = _loss_of_step(network, process, config, training, step, place)
+        loss = _loss_of_step(network, config, training, step, place)
         if not torch.isfinite(loss):
             raise MedfusionError(
                 f"the loss of step {step} is not finite",
@@ -90,7 +89,7 @@ def train(
         _update_ema(ema, network, step, config)
         progress(step + 1, loss.item())
         if (step + 1) % config.training.checkpoint_every == 0 or step + 1 == config.training.steps:
-            by_time = _validate(ema, process, config, held_out, place)
+            by_time = _validate(ema, config, held_out, place)
             _save_checkpoint(checkpoint, network, ema, optimizer, config, step + 1)
             _log(out, step + 1, loss.item(), by_time, time.monotonic() - began)
     prior = Prior(
@@ -102,7 +101,7 @@ def train(
 
 
 def _loss_of_step(
-    network: ResidualUNet, process: Process, config: Config, cases: Sequence[Case], step: int, device: torch.device
+    network: ResidualUNet, config: Config, cases: Sequence[Case], step: int, device: torch.device
 ) -> Tensor:
     seed, size = config.training.seed, config.training.batch
     batch = draw_batch(cases, config.data, size, seed=seed, step=step)
@@ -111,26 +110,23 @@ def _loss_of_step(
     uniform, low = torch.rand(2, size, generator=generator)
     t = torch.where(torch.rand(size, generator=generator) < 0.5, uniform, low.square())
     noise = torch.randn(batch.images.shape, generator=generator)
-    return _loss(network, process, config, batch, noise, t, device).mean()
+    return _loss(network, config, batch, noise, t.clamp(min=1 / config.process.steps), device).mean()
 
 
 def _loss(
-    network: ResidualUNet,
-    process: Process,
-    config: Config,
-    batch: Batch,
-    noise: Tensor,
-    t: Tensor,
-    device: torch.device,
+    network: ResidualUNet, config: Config, batch: Batch, noise: Tensor, t: Tensor, device: torch.device
 ) -> Tensor:
+    """The objective of each sample (b,) for clean images, noise and times (b,) on the CPU."""
     context = batch.context.to(device)
 
     def with_context(x: Tensor, log_noise_ratio: Tensor) -> Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
             return network(x, log_noise_ratio, context)
 
-    x0, noise, t = batch.images.to(device), noise.to(device), t.to(device)
-    return simple_loss(with_context, process, config.process.prediction, x0, noise, t)
+    x0, noise, denoise = batch.images.to(device), noise.to(device), build_denoiser(config, with_context)
+    if config.training.objective == "hybrid":
+        return hybrid_loss(denoise, x0, noise, (t.double() * config.process.steps).ceil().long())
+    return regression_loss(denoise, x0, noise, t, config.training.objective)
 
 
 def _warmup_then_cosine(step: int, config: Config) -> float:
@@ -148,9 +144,7 @@ def _update_ema(ema: ResidualUNet, network: ResidualUNet, step: int, config: Con
 
 
 @torch.no_grad()
-def _validate(
-    ema: ResidualUNet, process: Process, config: Config, batches: Sequence[Batch], device: torch.device
-) -> dict[str, float]:
+def _validate(ema: ResidualUNet, config: Config, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
     """Mean loss of the averaged network on fixed crops with fixed noise, for each of the fixed times."""
     result = {}
     for time_ in VALIDATION_TIMES:
@@ -159,7 +153,7 @@ def _validate(
             generator = torch.Generator().manual_seed(index)
             noise = torch.randn(batch.images.shape, generator=generator)
             t = torch.full((len(batch.images),), time_)
-            losses.append(float(_loss(ema, process, config, batch, noise, t, device).mean()))
+            losses.append(float(_loss(ema, config, batch, noise, t, device).mean()))
         result[f"{time_:g}"] = sum(losses) / len(losses)
     return result
 
@@ -196,7 +190,7 @@ def read_checkpoint(out: Path, config: Config) -> dict[str, Any]:
         raise MedfusionError(f"{path}: damaged, or no checkpoint", fix="--overwrite to begin anew") from error
     if not isinstance(state, dict) or "config" not in state:
         raise MedfusionError(f"{path}: no checkpoint of medfusion", fix="--overwrite to begin anew")
-    if state["config"] != config.model_dump_json():
+    if Config.model_validate_json(state["config"]) != config:
         raise MedfusionError(
             f"{path}: was made with another config", fix="resume with the same config, or choose a new --out"
         )
@@ -235,7 +229,6 @@ def _provenance(
     from medfusion import __version__
 
     device = next(ema.parameters()).device
-    process = Process(config.process.schedule, config.process.steps)
     return {
         "trained": datetime.now(UTC).date().isoformat(),
         "medfusion": __version__,
@@ -245,6 +238,6 @@ def _provenance(
         "validation_scans": len({case.name for case in validation}),
         "steps": config.training.steps,
         "parameters": sum(p.numel() for p in ema.parameters()),
-        "validation_loss": _validate(ema, process, config, held_out, device),
+        "validation_loss": _validate(ema, config, held_out, device),
         "licence": config.licence,
     }

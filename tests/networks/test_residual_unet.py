@@ -22,6 +22,15 @@ def test_unfold_inverts_fold_and_fold_gathers_neighbours():
     assert sorted(folded[0, :, 0, 0, 0].tolist()) == sorted(x[0, 0, :2, :2, :2].flatten().tolist())
 
 
+def test_two_outputs_are_two_images():
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 2, 3, 4)
+    both = unfold(x)
+    assert both.shape == (2, 2, 4, 6, 8)
+    torch.testing.assert_close(both, torch.cat([unfold(x[:, :8]), unfold(x[:, 8:])], dim=1), rtol=0, atol=0)
+    assert ResidualUNet((8, 16), (1, 1), outputs=2)(torch.randn(1, 1, 8, 8, 8), torch.zeros(1)).shape == (1, 2, 8, 8, 8)
+
+
 def test_a_fresh_network_answers_nothing():
     torch.manual_seed(0)
     network = ResidualUNet((8, 16), (1, 1))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from dicom_factory import PATIENT, write_series
-from prior_factory import grid, head, saved, white_prior, write_head
+from prior_factory import grid, head, saved, tiny_config, white_prior, write_head
 
 import medfusion
 from medfusion.errors import MedfusionError
@@ -117,7 +117,7 @@ def test_run_json_tells_the_whole_story(tmp_path: Path, settings: Callable[..., 
         "resume": False,
     }
     assert written["prior"]["name"] == "tiny"
-    assert written["prior"]["config"]["process"] == {"schedule": "cosine", "steps": 1000, "prediction": "v"}
+    assert written["prior"]["config"]["process"] == tiny_config().process.model_dump()
     assert written["prior"]["data"] == "phantoms"
     assert written["environment"]["medfusion"] == medfusion.__version__
     assert written["environment"]["torch"] == torch.__version__

@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 from prior_factory import grid, head, tiny_config
+from pydantic import ValidationError
 
 from medfusion.config import Config
 from medfusion.data.crops import Case, prepare
+from medfusion.diffusion import VE, VP, SubVP
 from medfusion.errors import MedfusionError
 from medfusion.prior import Prior
 from medfusion.training import read_checkpoint, train
@@ -159,6 +161,41 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     assert "learning_rate" in error.value.fix
     assert not (tmp_path / "prior.safetensors").exists()
     assert np.isfinite([row["loss"] for row in rows(tmp_path)]).all()
+
+
+@pytest.mark.parametrize(
+    ("process", "objective"),
+    [
+        ({"family": "vp", "schedule": "linear", "prediction": "epsilon"}, "min_snr"),
+        ({"family": "sub-vp", "schedule": "linear", "prediction": "score"}, "likelihood"),
+        ({"family": "ve", "sigma_max": 20.0, "steps": 50, "prediction": "edm"}, "edm"),
+        ({"family": "ve", "sigma_max": 20.0, "prediction": "x0"}, "score_matching"),
+        ({"family": "vp", "learned_variance": True}, "hybrid"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value["family"],
+)
+def test_a_prior_of_any_process_and_objective(
+    tmp_path: Path, cases: list[Case], process: dict[str, Any], objective: str
+) -> None:
+    chosen = tiny_config(process=process, training={"objective": objective})
+    train(cases, chosen, tmp_path, device="cpu")
+    loaded = Prior.load(tmp_path / "prior.safetensors")
+    assert loaded.config == chosen
+    assert type(loaded.process) is {"vp": VP, "sub-vp": SubVP, "ve": VE}[process["family"]]
+    assert loaded.process.steps == process.get("steps", 1000)
+    assert all(np.isfinite([row["loss"], *row["validation"].values()]).all() for row in rows(tmp_path))
+    denoise = loaded.denoiser()
+    assert denoise.prediction == chosen.process.prediction
+    x = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    x0, fraction = denoise.estimate(x, 0.5)
+    assert x0.shape == x.shape
+    assert (fraction is not None) == (objective == "hybrid")
+
+
+def test_the_variance_is_learned_by_the_hybrid_objective_alone() -> None:
+    for process, objective in (({"learned_variance": True}, "simple"), ({}, "hybrid")):
+        with pytest.raises(ValidationError, match="go together"):
+            tiny_config(process=process, training={"objective": objective})
 
 
 def test_too_few_scans(tmp_path: Path, cases: list[Case]) -> None:
