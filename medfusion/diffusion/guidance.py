@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from medfusion.diffusion.denoiser import Denoiser, widened
+from medfusion.diffusion.denoiser import Denoiser, Variance, widened
 from medfusion.diffusion.process import expand, noise_like
 from medfusion.diffusion.samplers import Callback, Generators, ancestral_step, silent, steps_of
 
@@ -62,18 +62,22 @@ def inpaint(
     times: Tensor,
     *,
     resamplings: int = 10,
+    variance: Variance = "large",
     generators: Generators,
     callback: Callback = silent,
 ) -> Tensor:
     """Draw the voxels where ``missing`` is true given the others (RePaint: Lugmayr et al. 2022, Algorithm 1).
 
     After each ancestral step the known voxels are set to a noised copy of ``image``; stepping back and forth
-    ``resamplings`` times lets the rest agree with them. It approximates p(missing | known), better with more of both.
+    ``resamplings`` times lets the rest agree with them. It approximates p(missing | known): where modes are far apart
+    the choice between them falls at high noise, when the known voxels say little, and more resampling does not mend it.
 
     Parameters
     ----------
     image : (b, c, ...). What it holds in the missing part matters only for times that begin below 1.
     missing : bool, of a shape that broadcasts to ``image``.
+    variance : of the ancestral steps. On a correlated Gaussian in 40 steps the small one left the conditional variance
+        15 % short, the large one 2 % too high.
 
     Raises
     ------
@@ -84,11 +88,11 @@ def inpaint(
     process, steps, image = denoise.process, steps_of(times), widened(image)
     x = process.add_noise(image, noise_like(image, generators), steps[0][0])
     for k, (t, s) in enumerate(steps):
-        scale, variance = process.transition(s, t)
+        scale, added = process.transition(s, t)
         for back in range(resamplings if s > 0 else 1):
             if back > 0:
-                x = scale * x + variance.sqrt() * noise_like(x, generators)
+                x = scale * x + added.sqrt() * noise_like(x, generators)
             known = process.add_noise(image, noise_like(image, generators), s)
-            x = torch.where(missing, ancestral_step(denoise, x, t, s, "small", generators), known)
+            x = torch.where(missing, ancestral_step(denoise, x, t, s, variance, generators), known)
         callback(k, x)
     return x

@@ -36,7 +36,7 @@ def time_steps(process: Process, steps: int, spacing: Spacing = "uniform", *, st
 
     Raises
     ------
-    ValueError : no step, or a start outside (0, 1].
+    ValueError : no step, a start outside (0, 1], or for "log_snr" and "karras" no room above the first step.
     """
     if steps < 1 or not 0 < start <= 1:
         raise ValueError(f"needs steps >= 1 and a start in (0, 1], got {steps} and {start}")
@@ -45,8 +45,11 @@ def time_steps(process: Process, steps: int, spacing: Spacing = "uniform", *, st
         return start * share
     if spacing == "quadratic":
         return start * share**2
+    first = 1 / process.steps
+    if steps > 1 and start <= first:
+        raise ValueError(f"spacing {spacing!r} of {steps} steps needs a start above the first step {first:.4g}")
     share = torch.linspace(0, 1, steps, dtype=torch.float64)
-    highest, lowest = process.noise_ratio(start), process.noise_ratio(min(start, 1 / process.steps))
+    highest, lowest = process.noise_ratio(start), process.noise_ratio(first)
     if spacing == "log_snr":
         ratios = torch.lerp(highest.log(), lowest.log(), share).exp()
     elif spacing == "karras":
@@ -144,16 +147,18 @@ def annealed_langevin(
     x: Tensor,
     times: Tensor,
     *,
-    step_size: float = 0.2,
+    step_size: float = 1.0,
     steps: int = 5,
     generators: Generators,
     callback: Callback = silent,
 ) -> Tensor:
     """``steps`` of Langevin dynamics at each level, then on to the next (Song & Ermon 2019, Algorithm 1).
 
-    A step at t has the size ``step_size`` sigma(t)^2; NCSN's epsilon is ``step_size`` sigma_min^2. Where the times end
-    at 0 the last move is to x_0, which removes the noise of the last level (Song & Ermon 2020). The levels have to lie
-    so close that ``steps`` steps bridge them: many, evenly spaced in log-SNR, from where r is not far above the data.
+    A step at t has the size ``step_size`` sigma(t)^2; NCSN's epsilon is ``step_size`` sigma_min^2, 0.2 there with 100
+    steps a level. With few steps longer ones follow the falling noise better: on a mixture, 100 levels of 5 steps left
+    20 to 27 % too much variance with 0.2 and 1 to 7 % with 1.0. Where the times end at 0 the last move is to x_0, which
+    removes the noise of the last level (Song & Ermon 2020). The levels have to lie so close that the steps bridge them:
+    many, evenly spaced in log-SNR, from where r is not far above the data.
     """
     process, x = denoise.process, widened(x)
     for k, (t, s) in enumerate(steps_of(times)):
@@ -197,6 +202,7 @@ def predictor_corrector(
     x: Tensor,
     times: Tensor,
     *,
+    variance: Variance = "large",
     corrections: int = 1,
     step_size: float = 0.1,
     generators: Generators,
@@ -204,13 +210,14 @@ def predictor_corrector(
 ) -> Tensor:
     """An ancestral step, then ``corrections`` steps of Langevin dynamics where it led (Song et al. 2021b, appendix G).
 
-    Those have the size ``step_size`` sigma(s)^2: 0.1 is what a signal-to-noise ratio of 0.16 comes to for the score of
-    noise, 4 (0.16 |z| / |score|)^2, and to measure the norms would make a sample depend on its batch.
-    1 + ``corrections`` evaluations a step.
+    With the large variance the former is, to first order, that paper's reverse diffusion. The latter have the size
+    ``step_size`` sigma(s)^2: 0.1 is what a signal-to-noise ratio of 0.16 comes to for the score of noise, 4 (0.16 |z| /
+    |score|)^2, and to measure the norms would make a sample depend on its batch. A step takes 1 + ``corrections``
+    evaluations.
     """
     x = widened(x)
     for k, (t, s) in enumerate(steps_of(times)):
-        x = ancestral_step(denoise, x, t, s, "small", generators)
+        x = ancestral_step(denoise, x, t, s, variance, generators)
         if s > 0:
             size = step_size * float(denoise.process.sigma(s)) ** 2
             x = langevin(denoise, x, s, step_size=size, steps=corrections, generators=generators)

@@ -148,14 +148,12 @@ def overlapping(dimensions):
     return GaussianMixture(torch.tensor([0.3, 0.7]), torch.stack([-0.35 * pattern, 0.15 * pattern]), covariances)
 
 
-# RePaint is approximate. Its steps have the small variance, which leaves that of the samples short, as it does without
-# a mask, and the weight of a component is drawn to that without the known voxels: 0.3. Allowed beside four standard
-# errors: 0.04 of weight, 0.03 of mean, and this share of the variance. Measured: 0.03, 0.03; 0.17, 0.36.
+# RePaint is approximate: the weight of a component is drawn to that without the known voxels, 0.3. Allowed beside four
+# standard errors: 0.03 of weight, 0.03 of mean, 0.08 of the variance. Measured on 20 000 samples in 2 dimensions, 3000
+# in 27: 0.024, 0.023, 0.054 and 0.004, 0.012, 0.082 (with the small variance 0.033, 0.029, 0.13 and 0.03, 0.013, 0.28).
 @pytest.mark.parametrize("process", [VP("cosine"), VE()], ids=["vp-cosine", "ve"])
-@pytest.mark.parametrize(
-    ("shape", "steps", "n", "share"), [((2,), 60, 1000, 0.15), ((1, 3, 3, 3), 40, 300, 0.3)], ids=["2", "27"]
-)
-def test_inpainting_follows_the_conditional(shape, steps, n, share, process):
+@pytest.mark.parametrize(("shape", "steps", "n"), [((2,), 60, 1000), ((1, 3, 3, 3), 40, 300)], ids=["2", "27"])
+def test_inpainting_follows_the_conditional(shape, steps, n, process):
     """The second of two values, or the middle plane, of an image whose known part leaves both components likely."""
     oracle = overlapping(math.prod(shape))
     missing = torch.zeros(shape, dtype=torch.bool)
@@ -171,9 +169,9 @@ def test_inpainting_follows_the_conditional(shape, steps, n, share, process):
     y, expected = x[:, missing].double(), in_torch(given)
     joint = expected.component_distribution.log_prob(y[:, None]) + given.weights.log()
     weights = torch.softmax(joint, dim=1)[:, 0]  # their mean is the component's weight
-    assert float(weights.mean()) == pytest.approx(float(given.weights[0]), abs=4 * float(weights.std()) / n**0.5 + 0.04)
+    assert float(weights.mean()) == pytest.approx(float(given.weights[0]), abs=4 * float(weights.std()) / n**0.5 + 0.03)
     assert bool(((y.mean(dim=0) - expected.mean).abs() < 4 * (expected.variance / n).sqrt() + 0.03).all())
-    assert bool(((y.var(dim=0) / expected.variance - 1).abs() < 4 * math.sqrt(2 / n) + share).all())
+    assert bool(((y.var(dim=0) / expected.variance - 1).abs() < 4 * math.sqrt(2 / n) + 0.08).all())
 
 
 def test_resampling_makes_the_missing_agree_with_the_known():

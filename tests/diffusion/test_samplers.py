@@ -104,7 +104,7 @@ RECOVERY = {
     "ddpm-large": (80, 0.02, 0.01, 0.25),
     "annealed-langevin": (50, 0.04, 0.005, 0.25),
     "euler-maruyama": (100, 0.01, 0.005, 0.1),
-    "predictor-corrector": (50, 0.02, 0.015, 0.25),
+    "predictor-corrector": (80, 0.02, 0.01, 0.25),
     "heun": (30, 0.01, 0.015, 0.1),
     "dpm-solver": (50, 0.005, 0.005, 0.07),
 }
@@ -203,7 +203,8 @@ def test_langevin_steps_inside_samplers_have_the_size_that_is_said(process):
 
     found = predictor_corrector(denoise, x, times, corrections=2, generators=[seeded(1)])
     generators = [seeded(1)]
-    expected = steps(ddpm(denoise, x, times, generators=generators), 1, 0.1, 2, generators)
+    expected = ddpm(denoise, x, times, variance="large", generators=generators)
+    expected = steps(expected, 1, 0.1, 2, generators)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     found = annealed_langevin(denoise, x, times, step_size=0.3, steps=3, generators=[seeded(1)])
     expected = alpha[1] / alpha[0] * steps(x, 0, 0.3, 3, [seeded(1)])
@@ -326,3 +327,7 @@ def test_time_steps_that_cannot_be_are_refused():
             time_steps(VP(), steps, start=start)
     with pytest.raises(ValueError, match="'cubic' is none of uniform, quadratic, log_snr, karras"):
         time_steps(VP(), 5, "cubic")
+    for spacing in ("log_snr", "karras"):  # the first step of 1000 is at 0.001
+        with pytest.raises(ValueError, match="needs a start above the first step"):
+            time_steps(VP(), 4, spacing, start=5e-4)
+        assert time_steps(VP(), 1, spacing, start=5e-4).tolist() == [5e-4, 0]
