@@ -71,6 +71,7 @@ class DataConfig(Strict):
 class TrainingConfig(Strict):
     """The optimisation."""
 
+    # all but "hybrid" are weights of the squared error; the times are drawn the same way for each
     objective: Literal["simple", "score_matching", "likelihood", "min_snr", "edm", "hybrid"] = "simple"
     steps: int = Field(3000, ge=1)
     batch: int = Field(2, ge=1)

@@ -4,6 +4,7 @@ python pipelines/theory.py        (half a minute on one core; writes docs/theory
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -186,13 +187,19 @@ def sde_errors(samples: int = 50_000) -> tuple[Errors, float]:
     truth = TWO_MODES.sample(20 * samples, torch.Generator().manual_seed(SEED + 1))[:, 0]
     other = TWO_MODES.sample(samples, torch.Generator().manual_seed(SEED + 2))[:, 0]
     errors = {}
-    for sampler, evaluations_a_step in ((ddpm, 1), (euler_maruyama, 1), (predictor_corrector, 2)):
+    samplers = {
+        "ddpm, small variance": (ddpm, 1),
+        "ddpm, large variance": (partial(ddpm, variance="large"), 1),
+        "euler_maruyama": (euler_maruyama, 1),
+        "predictor_corrector": (predictor_corrector, 2),
+    }
+    for name, (sampler, evaluations_a_step) in samplers.items():
         evaluations, distances = [], []
         for steps in (16, 32, 64, 128):
             drawn = sampler(denoise, start, time_steps(process, steps), generators=generator())
             evaluations.append(steps * evaluations_a_step)
             distances.append(wasserstein_distance(drawn[:, 0], truth))
-        errors[sampler.__name__] = evaluations, distances
+        errors[name] = evaluations, distances
     return errors, wasserstein_distance(other, truth)
 
 
@@ -201,8 +208,8 @@ def samplers_figure() -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(7.4, 3.2))
     sde, floor = sde_errors()
     for panel, errors in ((left, ode_errors()), (right, sde)):
-        looks = zip((BLUE, ORANGE, GREEN), "osD", strict=True)
-        for (name, (evaluations, distances)), (colour, mark) in zip(errors.items(), looks, strict=True):
+        looks = zip((BLUE, ORANGE, GREEN, PINK), "osDv", strict=True)
+        for (name, (evaluations, distances)), (colour, mark) in zip(errors.items(), looks, strict=False):
             print(f"{name}: " + ", ".join(f"{e}: {d:.2g}" for e, d in zip(evaluations, distances, strict=True)))
             panel.loglog(evaluations, distances, color=colour, marker=mark, markersize=4, label=name)
         panel.set(xlabel="network evaluations")

@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from medfusion.diffusion.process import Process, Time, expand
+from medfusion.diffusion.process import Process, Time, expand, widened
 
 Prediction = Literal["epsilon", "x0", "v", "score", "edm"]
 Variance = Literal["small", "large", "learned"]
@@ -74,15 +74,17 @@ class Denoiser:
     Attributes
     ----------
     network : called with x_t and log r(t); a condition, such as a label, is bound to it before.
+    process : the forward process that it was trained on.
     prediction : what it answers with, see ``coefficients``.
     learned_variance : whether it answers with twice the channels, the second half saying where between log of the small
         and log of the large variance that of a reverse step lies, -1 to 1 (Nichol & Dhariwal 2021, eq. 15).
     sigma_data : standard deviation of the data; only "edm" uses it.
+    guidance : what revises x_0 before anyone sees it; see ``guided``.
     """
 
     network: Network
     process: Process
-    prediction: Prediction = "v"
+    prediction: Prediction
     learned_variance: bool = False
     sigma_data: float = 0.5
     guidance: Guidance | None = None
@@ -93,7 +95,7 @@ class Denoiser:
         Raises
         ------
         ValueError : a time out of range.
-        FloatingPointError : the network's output is not finite.
+        FloatingPointError : the output of the network, or of the guidance, is not finite.
         """
         return self.estimate(x, t)[0]
 
@@ -101,10 +103,14 @@ class Denoiser:
         """x_0, and for learned variance where between small (0) and large (1) it lies, both (b, c, ...)."""
         x, t = widened(x), _one_a_sample(t, x)
         output, fraction = self.answer(x, t)
-        if not bool(torch.isfinite(output).all()):
-            raise FloatingPointError(f"the network's output is not finite at t = {float(t.max()):.4g}")
         x0, _ = separate(self.prediction, self.process, output, x, t, self.sigma_data)
-        return (x0 if self.guidance is None else self.guidance(x, t, x0)), fraction
+        _require_finite("network", t, x0, fraction)
+        if self.guidance is not None:
+            x0 = self.guidance(x, t, x0)
+            if x0.shape != x.shape:
+                raise ValueError(f"the guidance answers {tuple(x.shape)} with {tuple(x0.shape)}")
+            _require_finite("guidance", t, x0)
+        return x0, fraction
 
     def answer(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor | None]:
         """The network's prediction as it is, which is what objectives compare with ``target``; and the fraction."""
@@ -156,15 +162,17 @@ def reverse_variance(process: Process, s: Time, t: Time, kind: Variance, fractio
         return small
     if kind == "large":
         return large
+    if kind != "learned":
+        raise ValueError(f"variance {kind!r} is none of small, large, learned")
     if fraction is None:
         raise ValueError("variance 'learned' needs a denoiser with learned variance")
     return (expand(small.log(), fraction) + fraction * expand((large / small).log(), fraction)).exp()  # eq. 15
 
 
-def widened(x: Tensor) -> Tensor:
-    """At least float32: in half precision a step smaller than 1/256 of the value would be lost."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def _one_a_sample(t: Time, x: Tensor) -> Tensor:
     return torch.as_tensor(t, dtype=torch.float64).expand(len(x))
+
+
+def _require_finite(source: str, t: Tensor, *outputs: Tensor | None) -> None:
+    if not all(output is None or bool(torch.isfinite(output).all()) for output in outputs):
+        raise FloatingPointError(f"the {source}'s output is not finite at t = {float(t.max()):.4g}")

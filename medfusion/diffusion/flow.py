@@ -16,8 +16,8 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
-from medfusion.diffusion.denoiser import Denoiser, widened
-from medfusion.diffusion.process import Generators, noise_like
+from medfusion.diffusion.denoiser import Denoiser
+from medfusion.diffusion.process import Generators, noise_like, widened
 from medfusion.diffusion.samplers import Callback, silent
 
 if TYPE_CHECKING:
@@ -64,19 +64,26 @@ def log_likelihood(
     """log p(x) in nats (b,), float64, of x at time ``start``: by default the first step of the process.
 
     log p(y_0) = log N(y_1; 0, sigma(1)^2) + the integral of div dy/du (Song et al. 2021b, eq. 39): exact as far as x_1
-    follows that normal, which holds for data of mean zero, or for a large r(1). ``probes`` random
-    signs a sample estimate the divergence (Hutchinson; Grathwohl et al. 2019), the same ones along the whole path;
-    None computes it exactly, with one backward pass for each value of a sample. The network has to be differentiable.
+    follows that normal, which needs an r(1) far above the mean and the spread of the data. ``probes`` random signs a
+    sample estimate the divergence (Hutchinson; Grathwohl et al. 2019), the same ones along the whole path; None
+    computes it exactly, with one backward pass for each value of a sample.
+
+    Raises
+    ------
+    ValueError : the network is not differentiable, or no probe.
     """
     start = 1 / denoise.process.steps if start is None else start
     _require_within(denoise, start, 1.0)
-    x = widened(x)
+    x = widened(x.detach())
+    with torch.enable_grad():
+        if not denoise.answer(x.clone().requires_grad_(), start)[0].requires_grad:
+            raise ValueError("the likelihood needs a network that is differentiable, this one keeps no graph")
     trace = _exact_trace if probes is None else _hutchinson(x, probes, generators)
     y, integral = _solve(denoise, x, start, 1.0, trace, rtol, atol, callback)
     ratio = float(denoise.process.noise_ratio(1.0))
     variance, values = ratio**2 / (1 + ratio**2), y[0].numel()
     last = -0.5 * (
-        y.double().cpu().square().flatten(1).sum(dim=1) / variance + values * math.log(2 * math.pi * variance)
+        y.cpu().double().square().flatten(1).sum(dim=1) / variance + values * math.log(2 * math.pi * variance)
     )
     return last + integral - values * _scale(denoise, start).log()
 
@@ -102,7 +109,7 @@ def _solve(
 
     def slope(u: float, state: NDArray[float64]) -> NDArray[float64]:
         nonlocal evaluations
-        t = process.time_of(torch.tensor(u, dtype=torch.float64).exp().clamp(max=float(process.noise_ratio(1.0))))
+        t = process.time_of(torch.tensor(u, dtype=torch.float64).exp())
         a = (1 + process.noise_ratio(t) ** 2).rsqrt()
         y = torch.from_numpy(state[:size]).to(x).view_as(x)
         here = y * (process.alpha(t) / a).to(x)
@@ -111,13 +118,13 @@ def _solve(
             x0 = denoise(here, t)
             divergence = torch.zeros(n, dtype=torch.float64)
             if trace is not None:
-                divergence = float(a**2) * x[0].numel() - float(process.alpha(t)) * trace(here, x0).double().cpu()
+                divergence = float(a**2) * x[0].numel() - float(process.alpha(t)) * trace(here, x0).cpu().double()
         callback(evaluations, here.detach())
         evaluations += 1
-        velocity = a**2 * y.double().cpu() - a * x0.detach().double().cpu()
+        velocity = a**2 * y.cpu().double() - a * x0.detach().cpu().double()
         return torch.cat([velocity.flatten(), divergence]).numpy()
 
-    first = (x / _scale(denoise, start)).double().cpu().flatten()
+    first = (x / _scale(denoise, start)).cpu().double().flatten()
     state = torch.cat([first, first.new_zeros(n)]).numpy()
     span = [float(process.log_noise_ratio(t)) for t in (start, end)]
     solution = solve_ivp(slope, span, state, method="RK45", rtol=rtol, atol=atol, t_eval=span[1:])
@@ -136,6 +143,8 @@ def _exact_trace(x: Tensor, value: Tensor) -> Tensor:
 
 
 def _hutchinson(x: Tensor, probes: int, generators: Generators) -> Trace:
+    if probes < 1:
+        raise ValueError(f"needs probes >= 1, or None for the exact divergence, got {probes}")
     signs = [(noise_like(x, generators) > 0).to(x) * 2 - 1 for _ in range(probes)]
 
     def trace(x: Tensor, value: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from medfusion.diffusion.denoiser import Denoiser, Variance, widened
-from medfusion.diffusion.process import expand, noise_like
+from medfusion.diffusion.denoiser import Denoiser, Variance
+from medfusion.diffusion.process import expand, noise_like, widened
 from medfusion.diffusion.samplers import Callback, Generators, ancestral_step, silent, steps_of
 
 
@@ -23,13 +23,21 @@ def classifier_guided(
 
     ``log_probability`` (x_t, t (b,)) -> (b,) is of the class that is wanted, differentiable, trained on noised images.
     With the exact one and scale 1, samples follow p(x_0 | y).
+
+    Raises
+    ------
+    ValueError : when it is used, for a log probability that is not one number a sample.
     """
     process = denoise.process
 
     def towards_class(x: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        differentiated = x.requires_grad  # by the likelihood, which needs the derivative of the gradient too
         with torch.enable_grad():
-            x = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(log_probability(x, t).sum(), x)
+            x = x if differentiated else x.detach().requires_grad_()
+            log_p = log_probability(x, t)
+            if log_p.shape != (len(x),):
+                raise ValueError(f"the log probability of {len(x)} sample(s) has the shape {tuple(log_p.shape)}")
+            (gradient,) = torch.autograd.grad(log_p.sum(), x, create_graph=differentiated)
         return x0 + scale * expand(process.sigma(t) ** 2 / process.alpha(t), x0) * gradient
 
     return denoise.guided(towards_class)
@@ -74,7 +82,7 @@ def inpaint(
 
     Parameters
     ----------
-    image : (b, c, ...). What it holds in the missing part matters only for times that begin below 1.
+    image : (b, c, ...). What it holds in the missing part does not matter, unless the times begin below 1.
     missing : bool, of a shape that broadcasts to ``image``.
     variance : of the ancestral steps. On a correlated Gaussian in 40 steps the small one left the conditional variance
         15 % short, the large one 2 % too high.
@@ -86,7 +94,8 @@ def inpaint(
     if missing.dtype != torch.bool or resamplings < 1:
         raise ValueError(f"needs a bool mask and resamplings >= 1, got {missing.dtype} and {resamplings}")
     process, steps, image = denoise.process, steps_of(times), widened(image)
-    x = process.add_noise(image, noise_like(image, generators), steps[0][0])
+    begin = torch.where(missing, 0, image) if steps[0][0] == 1 else image
+    x = process.add_noise(begin, noise_like(image, generators), steps[0][0])
     for k, (t, s) in enumerate(steps):
         scale, added = process.transition(s, t)
         for back in range(resamplings if s > 0 else 1):

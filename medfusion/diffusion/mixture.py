@@ -35,8 +35,8 @@ class GaussianMixture:
         k, d = self.means.shape
         if self.weights.shape != (k,) or self.covariances.shape != (k, d, d):
             raise ValueError(f"{k} means in {d} dimensions need weights ({k},) and covariances ({k}, {d}, {d})")
-        if not bool((self.weights > 0).all()) or abs(float(self.weights.sum()) - 1) > 1e-6:
-            raise ValueError("the weights are positive and sum to 1")
+        if not bool((self.weights >= 0).all()) or abs(float(self.weights.sum()) - 1) > 1e-6:
+            raise ValueError("the weights are not negative and sum to 1")
         object.__setattr__(self, "weights", self.weights / self.weights.sum())  # float32 ones sum to 1 + 3e-8
 
     @classmethod
@@ -91,6 +91,8 @@ class GaussianMixture:
     def _along_axes(self, y: Tensor, ratio: Tensor) -> tuple[Tensor, Tensor]:
         """y = x / alpha relative to each mean along its axes, and the variances there with the noise, (b, k, d)."""
         variances, vectors = self.axes
+        if y.shape[1:] != self.means.shape[1:]:
+            raise ValueError(f"samples of {y.shape[1]} values, the mixture has {self.means.shape[1]} dimensions")
         along = torch.einsum("kij,bki->bkj", vectors.to(y), y[:, None] - self.means.to(y))
         return along, variances.to(y) + ratio[:, None, None] ** 2
 

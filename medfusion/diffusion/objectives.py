@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from medfusion.diffusion.denoiser import Denoiser, Variance, coefficients, reverse_variance, separate, target
-from medfusion.diffusion.process import Generators, Process, Time, expand, noise_like
+from medfusion.diffusion.process import Generators, Process, Time, expand, noise_like, widened
 
 Weighting = Literal["simple", "score_matching", "likelihood", "min_snr", "edm"]
 
@@ -27,16 +27,22 @@ def regression_loss(
 
     - "simple": 1 on the network's own output (for epsilon: L_simple, Ho et al. 2020, eq. 14).
     - "score_matching": 1 / r^2, lambda = sigma^2 on the score (Song & Ermon 2019, eq. 5, times two), which is 1 on eps.
-    - "likelihood": (d log r / dt) / r^2, which is g^2 / 2 on the score: with uniform t the expectation is the bound on
-      the negative log-likelihood per voxel, up to a constant (Song et al. 2021a, Theorem 1).
+    - "likelihood": (d log r / dt) / r^2, which is g^2 / 2 on the score: with t uniform from the first step on, the
+      expectation is the bound on the negative log-likelihood per voxel up to a constant (Song et al. 2021a, Theorem 1).
     - "min_snr": min(1 / r^2, gamma) (Hang et al. 2023).
     - "edm": (r^2 + sigma_data^2) / (r sigma_data)^2 (Karras et al. 2022), which is "simple" for the prediction "edm".
     """
-    process = denoise.process
-    output, _ = denoise.answer(process.add_noise(x0, noise, t), t)
-    asked = target(denoise.prediction, process, x0, noise, t, denoise.sigma_data)
-    loss = (output - asked).square().flatten(1).mean(dim=1)
+    *_, loss = _ask(denoise, x0, noise, t)
     return loss if weighting == "simple" else loss * _output_weight(denoise, t, weighting, gamma).to(loss)
+
+
+def _ask(denoise: Denoiser, x0: Tensor, noise: Tensor, t: Time) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """x_t, the network's answer there, the fraction of a learned variance, and each sample's squared error (b,)."""
+    x0, noise = widened(x0), widened(noise)
+    x = denoise.process.add_noise(x0, noise, t)
+    output, fraction = denoise.answer(x, t)
+    asked = target(denoise.prediction, denoise.process, x0, noise, t, denoise.sigma_data)
+    return x, output, fraction, (output - asked).square().flatten(1).mean(dim=1)
 
 
 def _output_weight(denoise: Denoiser, t: Time, weighting: Weighting, gamma: float) -> Tensor:
@@ -65,9 +71,8 @@ def bound_term(denoise: Denoiser, x0: Tensor, noise: Tensor, step: Tensor, varia
     density of x_0, L_0. The data are real numbers: where they are integers times ``w``, subtract log(w) for the
     probability of an integer.
     """
-    process = denoise.process
-    t = _time_of_step(process, step)
-    x = process.add_noise(x0, noise, t)
+    process, x0, t = denoise.process, widened(x0), _time_of_step(denoise.process, step)
+    x = process.add_noise(x0, widened(noise), t)
     guess, fraction = denoise.estimate(x, t)
     return _bound_term(process, x0, x, step, guess, fraction, variance)
 
@@ -121,14 +126,10 @@ def hybrid_loss(denoise: Denoiser, x0: Tensor, noise: Tensor, step: Tensor, *, w
     L_vlb is estimated by T L_{k-1}, in nats per voxel, and no gradient of it reaches the mean (Nichol & Dhariwal 2021,
     eq. 16). The denoiser needs learned variance.
     """
-    process = denoise.process
-    t = _time_of_step(process, step)
-    x = process.add_noise(x0, noise, t)
-    output, fraction = denoise.answer(x, t)
-    asked = target(denoise.prediction, process, x0, noise, t, denoise.sigma_data)
-    simple = (output - asked).square().flatten(1).mean(dim=1)
+    process, t = denoise.process, _time_of_step(denoise.process, step)
+    x, output, fraction, simple = _ask(denoise, x0, noise, t)
     guess, _ = separate(denoise.prediction, process, output.detach(), x, t, denoise.sigma_data)
-    return simple + weight * process.steps * _bound_term(process, x0, x, step, guess, fraction, "learned")
+    return simple + weight * process.steps * _bound_term(process, widened(x0), x, step, guess, fraction, "learned")
 
 
 class ImportanceSampler:
@@ -158,6 +159,8 @@ class ImportanceSampler:
 
     def update(self, step: Tensor, loss: Tensor) -> None:
         """Remember the unweighted terms (b,) seen at steps (b,)."""
+        if not bool(((step >= 1) & (step <= len(self.seen))).all()):
+            raise ValueError(f"steps lie in 1 to {len(self.seen)}, got {step.tolist()}")
         for k, value in zip((step - 1).tolist(), loss.detach().double().tolist(), strict=True):
             self.losses[k, self.seen[k] % self.losses.shape[1]] = value
             self.seen[k] += 1

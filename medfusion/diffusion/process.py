@@ -21,7 +21,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from scipy.optimize import brentq
@@ -83,7 +83,7 @@ class Process(ABC):
         ratio = torch.as_tensor(ratio, dtype=torch.float64)
         table = self.log_ratios.to(ratio.device)
         first, last = float(table[0].exp()), float(table[-1].exp())
-        if not bool(((ratio >= 0) & (ratio <= last * (1 + 1e-9))).all()):
+        if not bool(((ratio >= 0) & (ratio <= last * (1 + 1e-5))).all()):  # float32 may round the last one up
             raise ValueError(f"noise ratio {_range_of(ratio)} outside the process's 0 to {last:.4g}")
         log = ratio.clamp(min=first).log()
         above = torch.searchsorted(table, log.contiguous()).clamp(1, self.steps - 1)
@@ -101,6 +101,8 @@ class Process(ABC):
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Time) -> Tensor:
         """A sample of q(x_t | x_0): alpha(t) x_0 + sigma(t) eps for a batch (b, ...)."""
+        if noise.shape != x0.shape:
+            raise ValueError(f"images {tuple(x0.shape)} and noise {tuple(noise.shape)} have different shapes")
         return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
 
     def transition(self, s: Time, t: Time) -> tuple[Tensor, Tensor]:
@@ -129,16 +131,23 @@ class Process(ABC):
         return self.transition(torch.cat([self.grid.new_zeros(1), self.grid[:-1]]), self.grid)[1]
 
     def _place(self, t: Time) -> tuple[Tensor, Tensor]:
-        """Position on the grid, -1 at t = 0 and 0 at t_1, and the grid point below (the first, before it)."""
+        """Position on the grid, -1 at t = 0 and 0 at t_1, and the last grid point before it, or the first.
+
+        At a grid point it is where the reverse step leads, so that slopes there are those of that step.
+        """
         t = torch.as_tensor(t, dtype=torch.float64)
         if not bool(((t >= 0) & (t <= 1)).all()):
             raise ValueError(f"times lie in [0, 1], got {_range_of(t)}")
         position = t * self.steps - 1
-        return position, position.floor().long().clamp(0, self.steps - 2)
+        below = (position - 1e-9).ceil().long() - 1  # k / T times T need not be k
+        return position, below.clamp(0, self.steps - 2)
 
     def _new_share(self, s: Time, t: Time) -> Tensor:
         """1 - (r_s / r_t)^2: how much of the noise variance at t came after s."""
-        return -torch.expm1(2 * (self.log_noise_ratio(s) - self.log_noise_ratio(t)))
+        log_s, log_t = self.log_noise_ratio(s), self.log_noise_ratio(t)
+        if not bool((log_s <= log_t).all()):
+            raise ValueError(f"a step goes from s to a later t, got s = {s} and t = {t}")
+        return -torch.expm1(2 * (log_s - log_t))
 
     def _log_ratio_slope(self, t: Time) -> Tensor:
         """Derivative of log r by t."""
@@ -147,28 +156,56 @@ class Process(ABC):
             raise ValueError("drift and diffusion are defined for t > 0")
         table = self.log_ratios.to(position.device)
         slope = (table[below + 1] - table[below]) * self.steps
-        return torch.where(position < 0, self.steps / (2 * (position + 1)), slope)
+        return torch.where(position < 1e-9, self.steps / (2 * (position + 1)), slope)
 
 
 @dataclass(frozen=True)
-class VP(Process):
-    """Variance-preserving: DDPM's chain.
+class Scheduled(Process):
+    """A process whose alpha is that of DDPM's chain: alpha_bar is the product of 1 - beta.
 
-    ``schedule`` is "linear" (beta from 1e-4 to 0.02, Ho et al. 2020), "scaled_linear" (its root is linear), "sigmoid"
-    or "cosine" (Nichol & Dhariwal 2021, eq. 17).
+    ``schedule`` is "linear" (beta from ``beta_start`` to ``beta_end``, Ho et al. 2020), "scaled_linear" (its root is
+    linear), "sigmoid", or "cosine" (Nichol & Dhariwal 2021, eq. 17), which has no such ends. As in DDPM and MONAI the
+    betas do not scale with the steps: the default ends make noise of an image in 1000 steps, not in 100.
     """
 
     schedule: Schedule = "cosine"
     steps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
 
     def __post_init__(self) -> None:
         _require_steps(self.steps)
+        if self.schedule not in get_args(Schedule):
+            raise ValueError(f"schedule {self.schedule!r} is none of {', '.join(get_args(Schedule))}")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(f"betas need 0 < start <= end < 1, got {self.beta_start} and {self.beta_end}")
+
+    @property
+    def _log_alpha_bar(self) -> Tensor:
+        """(steps,) float64: log of the product of 1 - beta up to step k."""
+        first, last, steps = self.beta_start, self.beta_end, self.steps
+        if self.schedule == "linear":
+            beta = torch.linspace(first, last, steps, dtype=torch.float64)
+        elif self.schedule == "scaled_linear":
+            beta = torch.linspace(first**0.5, last**0.5, steps, dtype=torch.float64) ** 2
+        elif self.schedule == "sigmoid":
+            beta = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64)) * (last - first) + first
+        else:
+            offset = 0.008
+            t = torch.arange(steps + 1, dtype=torch.float64) / steps
+            f = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+            beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
+        return torch.cumsum(torch.log1p(-beta), dim=0)
+
+
+@dataclass(frozen=True)
+class VP(Scheduled):
+    """Variance-preserving, alpha^2 + sigma^2 = 1: DDPM, and the VP SDE."""
 
     @cached_property
     def log_ratios(self) -> Tensor:
         """log of ((1 - alpha_bar) / alpha_bar)^(1/2)."""
-        log_alpha_bar = _log_alpha_bar(self.schedule, self.steps)
-        return 0.5 * (torch.log(-torch.expm1(log_alpha_bar)) - log_alpha_bar)
+        return 0.5 * (torch.log(-torch.expm1(self._log_alpha_bar)) - self._log_alpha_bar)
 
     def alpha_at(self, ratio: Tensor) -> Tensor:
         """alpha^2 (1 + r^2) = 1."""
@@ -180,20 +217,15 @@ class VP(Process):
 
 
 @dataclass(frozen=True)
-class SubVP(Process):
+class SubVP(Scheduled):
     """The sub-VP SDE (Song et al. 2021b, eq. 29): alpha as of VP, less noise, sigma = 1 - alpha^2."""
 
     schedule: Schedule = "linear"
-    steps: int = 1000
-
-    def __post_init__(self) -> None:
-        _require_steps(self.steps)
 
     @cached_property
     def log_ratios(self) -> Tensor:
         """log of (1 - alpha_bar) / alpha_bar^(1/2)."""
-        log_alpha_bar = _log_alpha_bar(self.schedule, self.steps)
-        return torch.log(-torch.expm1(log_alpha_bar)) - 0.5 * log_alpha_bar
+        return torch.log(-torch.expm1(self._log_alpha_bar)) - 0.5 * self._log_alpha_bar
 
     def alpha_at(self, ratio: Tensor) -> Tensor:
         """The positive root of alpha^2 + r alpha = 1."""
@@ -275,38 +307,22 @@ def expand(value: Tensor, like: Tensor) -> Tensor:
     return value.to(like).view(-1, *[1] * (like.ndim - 1))
 
 
+def widened(x: Tensor) -> Tensor:
+    """At least float32: in half precision a step smaller than 1/256 of the value would be lost."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def noise_like(x: Tensor, generators: Generators) -> Tensor:
     """Standard normal noise (b, ...) in the dtype and on the device of ``x``, drawn on the CPU.
 
     Each sample has its own generator, so that batching never changes a sample; one generator serves a whole batch.
     """
+    dtype = torch.promote_types(x.dtype, torch.float32)
     if len(generators) == 1:
-        return torch.randn(x.shape, generator=generators[0], dtype=_drawn(x)).to(x)
+        return torch.randn(x.shape, generator=generators[0], dtype=dtype).to(x)
     if len(generators) != len(x):
         raise ValueError(f"{len(x)} sample(s) need as many generators, or one for all; got {len(generators)}")
-    return torch.stack([torch.randn(x.shape[1:], generator=g, dtype=_drawn(x)) for g in generators]).to(x)
-
-
-def _drawn(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _log_alpha_bar(schedule: Schedule, steps: int) -> Tensor:
-    """(steps,) float64: log of the product of 1 - beta up to step k."""
-    if schedule == "linear":
-        beta = torch.linspace(1e-4, 0.02, steps, dtype=torch.float64)
-    elif schedule == "scaled_linear":
-        beta = torch.linspace(1e-4**0.5, 0.02**0.5, steps, dtype=torch.float64) ** 2
-    elif schedule == "sigmoid":
-        beta = torch.sigmoid(torch.linspace(-6, 6, steps, dtype=torch.float64)) * (0.02 - 1e-4) + 1e-4
-    elif schedule == "cosine":
-        offset = 0.008
-        t = torch.arange(steps + 1, dtype=torch.float64) / steps
-        f = torch.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
-        beta = (1 - f[1:] / f[:-1]).clamp(max=0.999)
-    else:
-        raise ValueError(f"schedule {schedule!r} is none of linear, scaled_linear, sigmoid, cosine")
-    return torch.cumsum(torch.log1p(-beta), dim=0)
+    return torch.stack([torch.randn(x.shape[1:], generator=g, dtype=dtype) for g in generators]).to(x)
 
 
 def _require_steps(steps: int) -> None:

@@ -1,15 +1,15 @@
 """Samplers: pure functions of (denoise, x, times) that walk samples from noise to images.
 
 ``times`` (n + 1,) fall from where x is, to where it shall be; 0 is the clean image, and ``time_steps`` makes them. The
-process is that of the denoiser. All steps are exact for any process (``medfusion.diffusion.process``): those that need
-no drift are written in y = x / alpha, in which every process is y = x_0 + r eps.
+process is that of the denoiser, and may be any: steps that need no drift are those of y = x / alpha, in which all
+processes are y = x_0 + r eps.
 
 To generate, x is ``process.sigma(times[0]) * noise``; to rebuild an image, ``process.add_noise(x0, noise, times[0])``.
 
 ``generators`` is one CPU generator a sample, so that batching never changes a sample, or one for the whole batch.
-``callback`` is called after every step with its number and the x it led to. Networks may answer in half precision:
-samples are kept in float32 or wider. Every sampler raises ValueError for times that do not fall within [0, 1], and
-FloatingPointError when the network's output is not finite.
+``callback`` is called after every step with its number and the x it led to, which is not a copy. Networks may answer in
+half precision: samples are kept in float32 or wider. Every sampler raises ValueError for times that do not fall within
+[0, 1], and FloatingPointError when the network's output is not finite.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from medfusion.diffusion.denoiser import Denoiser, Variance, reverse_variance, widened
-from medfusion.diffusion.process import Generators, Process, Time, noise_like
+from medfusion.diffusion.denoiser import Denoiser, Variance, reverse_variance
+from medfusion.diffusion.process import Generators, Process, Time, noise_like, widened
 
 Callback = Callable[[int, Tensor], None]
 Spacing = Literal["uniform", "quadratic", "log_snr", "karras"]
@@ -56,7 +56,7 @@ def time_steps(process: Process, steps: int, spacing: Spacing = "uniform", *, st
         ratios = torch.lerp(highest ** (1 / 7), lowest ** (1 / 7), share) ** 7
     else:
         raise ValueError(f"spacing {spacing!r} is none of uniform, quadratic, log_snr, karras")
-    times = process.time_of(ratios.clamp(max=float(highest)))
+    times = process.time_of(ratios)
     times[0] = start  # not a rounding error before or after it
     return torch.cat([times, times.new_zeros(1)])
 
@@ -77,14 +77,16 @@ def ddim(
 ) -> Tensor:
     """Steps along the direction to x_0 (Song et al. 2021c, eq. 12), deterministic for ``eta`` = 0.
 
-    ``eta`` times the standard deviation of the posterior q(x_s | x_t, x_0) is drawn anew: with 1 it is ``ddpm``.
+    ``eta``, 0 to 1, times the standard deviation of the posterior q(x_s | x_t, x_0) is drawn anew: 1 is ``ddpm``.
     """
+    if not 0 <= eta <= 1:
+        raise ValueError(f"eta lies in [0, 1], got {eta}")
     process, x = denoise.process, widened(x)
     for k, (t, s) in enumerate(steps_of(times)):
         x0 = denoise(x, t)
         noise = (x - process.alpha(t) * x0) / process.sigma(t)
         fresh = eta * process.posterior(x0, x, s, t)[1].sqrt()
-        x = process.alpha(s) * x0 + (process.sigma(s) ** 2 - fresh**2).clamp(min=0).sqrt() * noise
+        x = process.alpha(s) * x0 + (process.sigma(s) ** 2 - fresh**2).sqrt() * noise
         if fresh > 0:
             x = x + fresh * noise_like(x, generators)
         callback(k, x)
@@ -134,6 +136,8 @@ def langevin(
     callback: Callback = silent,
 ) -> Tensor:
     """Langevin dynamics at one noise level, x + step_size / 2 score + step_size^(1/2) z (Song & Ermon 2019, eq. 4)."""
+    if step_size <= 0 or steps < 0:
+        raise ValueError(f"needs step_size > 0 and steps >= 0, got {step_size} and {steps}")
     x = widened(x)
     for k in range(steps):
         x = x + step_size / 2 * denoise.score(x, t) + step_size**0.5 * noise_like(x, generators)
@@ -160,6 +164,8 @@ def annealed_langevin(
     removes the noise of the last level (Song & Ermon 2020). The levels have to lie so close that the steps bridge them:
     many, evenly spaced in log-SNR, from where r is not far above the data.
     """
+    if steps < 1:
+        raise ValueError(f"needs steps >= 1, got {steps}")
     process, x = denoise.process, widened(x)
     for k, (t, s) in enumerate(steps_of(times)):
         size = step_size * float(process.sigma(t)) ** 2
@@ -233,9 +239,9 @@ def heun(denoise: Denoiser, x: Tensor, times: Tensor, *, callback: Callback = si
     """
     process, x = denoise.process, widened(x)
     for k, (t, s) in enumerate(steps_of(times)):
-        y, ratio, ratio_s = x / process.alpha(t), process.noise_ratio(t), process.noise_ratio(s)
-        slope = (y - denoise(x, t)) / ratio
-        x = process.alpha(s) * (y + (ratio_s - ratio) * slope)
+        x0, y, ratio, ratio_s = denoise(x, t), x / process.alpha(t), process.noise_ratio(t), process.noise_ratio(s)
+        slope = (y - x0) / ratio
+        x = x0 if s == 0 else process.alpha(s) * (y + (ratio_s - ratio) * slope)
         if s > 0:
             slope = (slope + (x / process.alpha(s) - denoise(x, s)) / ratio_s) / 2
             x = process.alpha(s) * (y + (ratio_s - ratio) * slope)

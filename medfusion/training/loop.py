@@ -125,7 +125,8 @@ def _loss(
 
     x0, noise, denoise = batch.images.to(device), noise.to(device), build_denoiser(config, with_context)
     if config.training.objective == "hybrid":
-        return hybrid_loss(denoise, x0, noise, (t.double() * config.process.steps).ceil().long())
+        step = (t * config.process.steps).round().long().clamp(1, config.process.steps)
+        return hybrid_loss(denoise, x0, noise, step)
     return regression_loss(denoise, x0, noise, t, config.training.objective)
 
 

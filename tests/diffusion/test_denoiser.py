@@ -177,10 +177,17 @@ def test_a_time_serves_the_whole_batch_or_one_sample():
         (lambda x: x[..., :2], False, 0.5, ValueError, "answers"),
         (lambda x: x / 0, False, 0.5, FloatingPointError, r"not finite at t = 0\.5"),
         (lambda x: x * math.nan, False, torch.tensor([0.1, 0.5]), FloatingPointError, "not finite"),
+        (
+            lambda x: torch.cat([x, x * math.nan], dim=1),
+            True,
+            0.5,
+            FloatingPointError,
+            "network's output is not finite",
+        ),
     ],
 )
 def test_bad_times_and_answers_are_refused(answer, learned, t, error, message):
-    denoise = Denoiser(lambda x, r: answer(x), VP(), learned_variance=learned)
+    denoise = Denoiser(lambda x, r: answer(x), VP(), "v", learned_variance=learned)
     with pytest.raises(error, match=message):
         denoise(torch.ones(2, 1, 3, 3, 3), t)
 
@@ -235,13 +242,37 @@ def test_learned_variance_is_interpolated_in_its_logarithm(process):
 
 
 def test_learned_variance_of_a_network_without_it_is_refused():
-    _, fraction = Denoiser(lambda x, r: x, VP()).estimate(torch.ones(1, 1, 2), 0.5)
+    _, fraction = Denoiser(lambda x, r: x, VP(), "v").estimate(torch.ones(1, 1, 2), 0.5)
     assert fraction is None
     with pytest.raises(ValueError, match="needs a denoiser with learned variance"):
         reverse_variance(VP(), 0.4, 0.5, "learned", fraction)
 
 
+@pytest.mark.parametrize("fraction", [None, torch.full((1, 1, 2), 0.5)], ids=["fixed", "learned"])
+def test_unknown_variances_and_steps_to_an_earlier_time_are_refused(fraction):
+    for s in (0.4, 0.0):
+        with pytest.raises(ValueError, match="'fixed_small' is none of small, large, learned"):
+            reverse_variance(VP(), s, 0.5, "fixed_small", fraction)
+    for kind in ("small", "large", "learned"):
+        with pytest.raises(ValueError, match="from s to a later t"):
+            reverse_variance(VP(), 0.5, 0.4, kind, fraction)
+
+
 # Guidance
+
+
+@pytest.mark.parametrize(
+    ("guidance", "error", "message"),
+    [
+        (lambda x, t, x0: x0[:1], ValueError, r"answers \(2, 1, 3\) with \(1, 1, 3\)"),
+        (lambda x, t, x0: x0.mean(), ValueError, r"with \(\)"),
+        (lambda x, t, x0: x0 * math.nan, FloatingPointError, r"guidance's output is not finite at t = 0\.5"),
+    ],
+)
+def test_bad_guidance_is_refused(guidance, error, message):
+    denoise = Denoiser(lambda x, r: x, VP(), "v").guided(guidance)
+    with pytest.raises(error, match=message):
+        denoise(torch.ones(2, 1, 3), 0.5)
 
 
 def test_guidance_is_applied_in_order_and_keeps_the_learned_variance():

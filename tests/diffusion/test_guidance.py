@@ -18,7 +18,7 @@ from medfusion.diffusion import (
     inpaint,
     time_steps,
 )
-from tests.diffusion.test_mixture import all_processes, in_torch, mixture, seeded
+from tests.diffusion.test_mixture import PROCESSES, all_processes, in_torch, mixture, seeded
 
 
 def near():
@@ -84,6 +84,14 @@ def test_classifier_guidance_works_inside_samplers_and_leaves_no_graph():
     guided = classifier_guided(near().denoiser(process), class_posterior(near(), process, 0))
     x = ddim(guided, torch.randn(3, 2, generator=seeded(0)), time_steps(process, 5))
     assert not x.requires_grad
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (3, 1), ()])
+def test_a_log_probability_that_is_not_one_number_a_sample_is_refused(shape):
+    """Class logits, say, of which autograd would quietly take the sum."""
+    guided = classifier_guided(near().denoiser(VP()), lambda x, t: x.sum() * torch.ones(shape))
+    with pytest.raises(ValueError, match="log probability of 3 sample"):
+        guided(torch.zeros(3, 2), 0.5)
 
 
 @all_processes
@@ -189,6 +197,71 @@ def test_resampling_makes_the_missing_agree_with_the_known():
     )
     assert once < 0.8
     assert often == pytest.approx(0.95, rel=0.05)
+
+
+@all_processes
+def test_known_voxels_carry_the_noise_of_their_time(process):
+    """x_s - alpha_s image is normal: mean and standard deviation of 3000 voxels within four standard errors."""
+    n, missing, seen = 3000, torch.arange(4000) >= 3000, []
+    image = torch.linspace(-1, 1, 4000, dtype=torch.float64)[None]
+    denoise = Denoiser(lambda x, log_noise_ratio: torch.tanh(x), process, "x0")
+    times = time_steps(process, 4, "log_snr", start=0.6)
+    inpaint(denoise, image, missing, times, resamplings=2, generators=[seeded(0)], callback=lambda k, x: seen.append(x))
+    for s, x in zip(times[1:], seen, strict=True):
+        noise, sigma = (x - process.alpha(s) * image)[:, ~missing], float(process.sigma(s))
+        assert abs(float(noise.mean())) <= 4 * sigma / n**0.5
+        assert abs(float(noise.std()) - sigma) <= 4 * sigma / (2 * n) ** 0.5
+
+
+def repaint(denoise, image, missing, times, resamplings, large, generator):
+    """Lugmayr et al. 2022, Algorithm 1, with the betas and means of Ho et al. 2020, eq. 2, 4 and 7."""
+
+    def draw():
+        return torch.randn(image.shape, generator=generator, dtype=image.dtype)
+
+    a, v = denoise.process.alpha(times), denoise.process.sigma(times) ** 2
+    x = a[0] * image + v[0].sqrt() * draw()
+    for k in range(len(times) - 1):
+        step = a[k] / a[k + 1]
+        beta = v[k] - step**2 * v[k + 1]
+        for u in range(resamplings if times[k + 1] > 0 else 1):
+            if u > 0:
+                x = step * x + beta.sqrt() * draw()
+            known = a[k + 1] * image + v[k + 1].sqrt() * draw()
+            x = (a[k + 1] * beta * denoise(x, times[k]) + step * v[k + 1] * x) / v[k]
+            if times[k + 1] > 0:
+                x = x + (beta if large else beta * v[k + 1] / v[k]).sqrt() * draw()
+            x = missing * x + ~missing * known
+    return x
+
+
+@all_processes
+def test_inpainting_is_repaint_with_the_variance_that_is_said(process):
+    denoise, missing = mixture(2).denoiser(process), torch.tensor([[False, True]])
+    image = mixture(2).sample(6, seeded(0))
+    times = torch.tensor([0.6, 0.4, 0.2, 0.0], dtype=torch.float64)
+    found = {}
+    for given, large in (({}, True), ({"variance": "large"}, True), ({"variance": "small"}, False)):
+        found[large] = inpaint(denoise, image, missing, times, resamplings=3, generators=[seeded(1)], **given)
+        expected = repaint(denoise, image, missing, times, 3, large, seeded(1))
+        torch.testing.assert_close(found[large], expected, rtol=1e-9, atol=1e-9)
+    assert float((found[True] - found[False])[:, 1].abs().min()) > 1e-6
+    learned = Denoiser(lambda x, r: torch.cat([denoise.network(x, r), -torch.ones_like(x)], 1), process, "x0", True)
+    x = inpaint(learned, image, missing, times, resamplings=3, variance="learned", generators=[seeded(1)])
+    torch.testing.assert_close(x, found[False], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("process", [*PROCESSES.values(), VE(0.01, 2.0), VP("linear", 100)], ids=str)
+def test_what_a_missing_part_holds_does_not_matter(process):
+    """Nor where noise at t = 1 would not drown it: r(1) = 2 of VE(0.01, 2), 1.3 of a linear chain of 100 steps."""
+    denoise, missing = mixture(2).denoiser(process), torch.tensor([False, True])
+    found = [
+        inpaint(denoise, torch.tensor([[0.4, held]]), missing, time_steps(process, 4), generators=[seeded(0)])
+        for held in (0.0, 1e6, math.nan)
+    ]
+    assert bool(torch.isfinite(found[0]).all())
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
 
 
 def test_inpainting_from_an_image_begins_with_what_it_holds():

@@ -140,6 +140,34 @@ def test_shapes_and_weights_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match="2 means in 3 dimensions"):
             GaussianMixture(weights, means, covariances)
-    for weights in ([0.5, 0.6], [1.0, 0.0], [1.5, -0.5], [math.nan, 0.5]):
-        with pytest.raises(ValueError, match="positive and sum to 1"):
+    for weights in ([0.5, 0.6], [1.5, -0.5], [math.nan, 0.5]):
+        with pytest.raises(ValueError, match="weights are not negative and sum to 1"):
             GaussianMixture(torch.tensor(weights), means, eye)
+    for x in (torch.zeros(4, 2), torch.zeros(4, 1, 2, 2), torch.zeros(4, 1)):
+        with pytest.raises(ValueError, match="the mixture has 3 dimensions"):
+            GaussianMixture(torch.ones(2) / 2, means, eye).log_prob(x)
+        with pytest.raises(ValueError, match="the mixture has 3 dimensions"):
+            GaussianMixture(torch.ones(2) / 2, means, eye).denoiser(VP())(x, 0.5)
+
+
+@all_processes
+def test_a_component_of_weight_zero_is_as_if_it_were_not_there(process):
+    means, covariances = mixture(2).means, mixture(2).covariances
+    oracle = GaussianMixture(torch.tensor([0.0, 1.0]), means, covariances)
+    alone = GaussianMixture(torch.ones(1), means[1:], covariances[1:])
+    x = means.repeat(3, 1) + 0.1 * torch.randn(6, 2, generator=seeded(0), dtype=torch.float64)
+    torch.testing.assert_close(oracle.log_prob(x), alone.log_prob(x))
+    torch.testing.assert_close(oracle.denoiser(process)(x, 0.3), alone.denoiser(process)(x, 0.3))
+    assert float((oracle.sample(1000, seeded(0)) - means[0]).norm(dim=1).min()) > 0.5
+
+
+def test_conditional_of_modes_so_far_that_one_has_no_density():
+    """Means +-50, std 0.3: at x_1 = 49.8 the other mode's log density is lower by 55 000, its weight is exactly 0."""
+    oracle = GaussianMixture.isotropic(
+        torch.tensor([0.5, 0.5]), torch.tensor([[-50.0, 1.0], [50.0, 2.0]]), torch.tensor([0.3, 0.3])
+    )
+    given = oracle.conditional(torch.tensor([True, False]), torch.tensor([49.8, 0.0]))
+    assert given.weights.tolist() == [0, 1]
+    x = torch.tensor([[1.0], [2.0], [2.5]], dtype=torch.float64)
+    expected = torch.distributions.Normal(2.0, 0.3).log_prob(x)[:, 0]
+    torch.testing.assert_close(given.log_prob(x), expected, rtol=1e-6, atol=1e-6)

@@ -117,6 +117,45 @@ def test_min_snr_caps_where_asked():
     close(regression_loss(denoise, x0, noise, t, "min_snr") / plain, [5.0, 4.0, 0.25])
 
 
+HALVES = pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+
+
+@THREE
+@HALVES
+def test_images_and_noise_in_half_precision_cost_what_they_cost_in_float32(half, process):
+    """The exact answer for points +-1, eps = (x_t - alpha sign(x_t)) / sigma, shows what x_t has lost.
+
+    In float32 that is 1e-7 / sigma, of which the square is 1e-11 at most; x_t in bfloat16 would lose 4e-3 / sigma.
+    """
+    x0, noise, t = batch(process, [0.03, 0.1, 0.2])
+    x0, noise = x0.sign().to(half), noise.to(half)
+
+    def network(x, log_noise_ratio):
+        alpha, sigma = wide(process.alpha(t)), wide(process.sigma(t))
+        return (x - alpha * x.sign()) / sigma
+
+    exact = Denoiser(network, process, "epsilon")
+    for weighting in ("simple", "score_matching"):
+        assert float(regression_loss(exact, x0, noise, t, weighting).max()) < 1e-9
+    denoise, step = learned(process), torch.tensor([1, 500, 1000])
+    for loss in (
+        lambda x0, noise: regression_loss(Denoiser(lambda x, r: torch.tanh(x), process, "v"), x0, noise, t, "edm"),
+        lambda x0, noise: bound_term(denoise, x0, noise, step, "small"),
+        lambda x0, noise: hybrid_loss(denoise, x0, noise, step),
+    ):
+        close(loss(x0, noise), loss(x0.float(), noise.float()), rtol=0, atol=0)
+
+
+@HALVES
+def test_bound_and_hybrid_are_finite_in_half_precision_for_much_and_little_noise(half):
+    """Variances of 1e-6 and 2500 and what they are divided by are beyond float16."""
+    process, step = VE(0.001, 50.0), torch.tensor([1, 2, 3, 500, 1000])
+    x0, noise = torch.randn(2, 5, 1, 3, 3, 3, generator=torch.Generator().manual_seed(0)).to(half)
+    for variance in ("small", "large", "learned"):
+        assert bool(torch.isfinite(bound_term(learned(process), x0, noise, step, variance)).all())
+    assert bool(torch.isfinite(hybrid_loss(learned(process), x0, noise, step)).all())
+
+
 def test_unknown_weighting_is_refused():
     x0, noise, t = batch(VP(), [1.0])
     with pytest.raises(ValueError, match="'snr' is none of"):
@@ -206,7 +245,9 @@ def test_prior_term_is_the_divergence_from_pure_noise(process):
 def test_bound_is_all_terms_in_bits_and_refuses_steps_that_are_none():
     process = VP("cosine", 5)
     x0, denoise = torch.rand(3, 1, 2, 2, 2, dtype=torch.float64), learned(process)
-    bound = variational_bound(denoise, x0, "learned", generators=[torch.Generator().manual_seed(3)])
+    bound = variational_bound(denoise, x0.requires_grad_(), "learned", generators=[torch.Generator().manual_seed(3)])
+    assert not bound.requires_grad
+    x0 = x0.detach()
     generator = torch.Generator().manual_seed(3)
     terms = [bound_term(denoise, x0, noise_like(x0, [generator]), torch.full((3,), k), "learned") for k in range(1, 6)]
     close(bound, torch.stack([*terms, prior_term(process, x0)], dim=1) / math.log(2))
@@ -303,7 +344,7 @@ def test_hybrid_trains_the_mean_by_the_simple_loss_and_the_variance_by_the_bound
 
 def test_hybrid_without_learned_variance_is_refused():
     with pytest.raises(ValueError, match="needs a denoiser with learned variance"):
-        hybrid_loss(Denoiser(lambda x, r: x, VP()), *torch.zeros(2, 1, 1, 4), torch.tensor([3]))
+        hybrid_loss(Denoiser(lambda x, r: x, VP(), "v"), *torch.zeros(2, 1, 1, 4), torch.tensor([3]))
 
 
 def test_importance_sampling_is_unbiased_with_less_variance_than_uniform_draws():
@@ -328,6 +369,15 @@ def test_importance_sampling_is_unbiased_with_less_variance_than_uniform_draws()
     weighted, uniform = weight * term(step), term(torch.randint(1, 51, (20000,), generator=generator))
     assert float(weighted.mean()) == pytest.approx(float(size.mean()), abs=4 * float(weighted.std()) / math.sqrt(20000))
     assert float(weighted.std()) < 0.4 * float(uniform.std())
+
+
+@pytest.mark.parametrize("step", [[0, 3], [1, 51], [-1, 1]])
+def test_importance_of_steps_that_are_none_is_refused(step):
+    """An index of -1 would quietly be that of the last step."""
+    sampler = ImportanceSampler(50)
+    with pytest.raises(ValueError, match="steps lie in 1 to 50"):
+        sampler.update(torch.tensor(step), torch.ones(2))
+    assert int(sampler.seen.sum()) == 0
 
 
 def test_lognormal_times_have_a_normal_log_ratio_clipped_to_the_process():

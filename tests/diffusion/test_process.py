@@ -6,7 +6,7 @@ import pytest
 import torch
 from monai.networks.schedulers import DDPMScheduler
 
-from medfusion.diffusion import VE, VP, SubVP, expand, ncsn_ratio, noise_like
+from medfusion.diffusion import VE, VP, SubVP, expand, ncsn_ratio, noise_like, time_steps
 
 MONAI = {
     "linear": {"schedule": "linear_beta", "beta_start": 1e-4, "beta_end": 0.02},
@@ -48,6 +48,17 @@ def test_discrete_values_are_those_of_monai(schedule, steps):
     rtol, atol = (1e-4, 2e-6) if schedule == "cosine" else (1e-6, 1e-9)
     close(ours.beta, theirs.betas, rtol=rtol, atol=atol)
     close(ours.alpha_bar, theirs.alphas_cumprod, rtol=1e-4 if schedule == "cosine" else 2e-6, atol=0)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "scaled_linear", "sigmoid"])
+def test_betas_begin_and_end_where_asked_as_those_of_monai(schedule):
+    """0.0015 to 0.0195 are those of latent diffusion models."""
+    ends = {"beta_start": 0.0015, "beta_end": 0.0195}
+    theirs = DDPMScheduler(num_train_timesteps=1000, **MONAI[schedule] | ends)
+    close(VP(schedule, 1000, **ends).beta, theirs.betas, rtol=1e-6, atol=1e-9)
+    for kind in (VP, SubVP):
+        close(kind(schedule, 1000, **ends).alpha_bar, theirs.alphas_cumprod, rtol=5e-6, atol=0)
+        assert kind(schedule) == kind(schedule, beta_start=1e-4, beta_end=0.02)
 
 
 @pytest.mark.parametrize("schedule", MONAI)
@@ -105,6 +116,14 @@ def test_drift_and_diffusion_are_those_of_alpha_and_sigma(process):
     with torch.no_grad():
         close(process.drift(t), f)
         close(process.diffusion(t) ** 2, growth - 2 * f * process.sigma(t) ** 2, rtol=1e-9)
+
+
+@every_process
+def test_drift_and_diffusion_at_a_grid_point_are_those_of_the_step_that_ends_there(process):
+    """They jump there; a reverse sampler goes to the left. ``time_steps`` rounds the grid otherwise than the chain."""
+    for grid in (process.grid, time_steps(process, process.steps)[:-1]):
+        for value in (process.drift, process.diffusion):
+            close(value(grid), value(grid - 1e-7 / process.steps), rtol=1e-6)
 
 
 def test_linear_vp_is_the_sde_of_song():
@@ -171,6 +190,14 @@ def test_time_of_and_noise_ratio_are_inverse(process):
     close(process.noise_ratio(process.time_of(ratio)), ratio, rtol=1e-9)
 
 
+@every_process
+def test_the_time_of_every_step_is_found_from_what_a_network_is_told(process):
+    """Networks get log r in float32, wrong by 3e-7 at most, which may lie beyond the last step."""
+    found = process.time_of(process.log_noise_ratio(process.grid).float().exp())
+    close(found, process.grid, rtol=0, atol=1e-5)
+    assert float(found.max()) <= 1
+
+
 def test_values_come_in_the_shape_of_the_time():
     process = VP()
     assert process.alpha(0.5).shape == ()
@@ -219,14 +246,25 @@ def test_drift_at_the_clean_image_and_impossible_ratios_are_refused(process):
             process.time_of(ratio)
 
 
+@every_process
+def test_steps_to_an_earlier_time_are_refused(process):
+    x, s, t = torch.zeros(2, 3), torch.tensor([0.2, 0.6]), torch.tensor([0.4, 0.5])
+    for call in (lambda: process.transition(s, t), lambda: process.posterior(x, x, s, t)):
+        with pytest.raises(ValueError, match="from s to a later t"):
+            call()
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: VP(steps=1), "at least 2 steps"),
         (lambda: SubVP(steps=0), "at least 2 steps"),
         (lambda: VE(steps=1), "at least 2 steps"),
-        (lambda: VP("quadratic").alpha(0.5), "'quadratic' is none of"),
-        (lambda: SubVP("quadratic").alpha(0.5), "'quadratic' is none of"),
+        (lambda: VP("lineer"), "'lineer' is none of linear, scaled_linear, sigmoid, cosine"),
+        (lambda: SubVP("lineer"), "'lineer' is none of"),
+        (lambda: VP(beta_start=0.0), "betas"),
+        (lambda: VP(beta_start=0.03), "betas"),
+        (lambda: SubVP(beta_end=1.0), "betas"),
         (lambda: VE(0.0, 1.0), "sigma_min"),
         (lambda: VE(2.0, 1.0), "sigma_min"),
         (lambda: VE(0.1, math.inf), "sigma_min"),

@@ -12,11 +12,11 @@ from prior_factory import grid, head, tiny_config
 from pydantic import ValidationError
 
 from medfusion.config import Config
-from medfusion.data.crops import Case, prepare
+from medfusion.data.crops import Batch, Case, prepare
 from medfusion.diffusion import VE, VP, SubVP
 from medfusion.errors import MedfusionError
-from medfusion.prior import Prior
-from medfusion.training import read_checkpoint, train
+from medfusion.prior import Prior, build_network
+from medfusion.training import loop, read_checkpoint, train
 from medfusion.training.loop import VALIDATION_TIMES
 from medfusion.volume import Volume
 
@@ -190,6 +190,17 @@ def test_a_prior_of_any_process_and_objective(
     x0, fraction = denoise.estimate(x, 0.5)
     assert x0.shape == x.shape
     assert (fraction is not None) == (objective == "hybrid")
+
+
+def test_the_hybrid_objective_is_asked_at_every_step_of_the_chain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From 1, the only one whose term is a density, to T: a time k / T in float32 is step k, others are rounded."""
+    asked: list[int] = []
+    monkeypatch.setattr(loop, "hybrid_loss", lambda denoise, x0, noise, step: asked.extend(step.tolist()))
+    chosen = tiny_config(process={"learned_variance": True}, training={"objective": "hybrid"})
+    t = torch.cat([torch.arange(1, 1001) / 1000, torch.tensor([0.00149, 0.00151, 0.9996])])
+    batch = Batch(torch.zeros(1003, 1, 1, 1, 1), torch.zeros(1003, 4, 1, 1, 1))
+    loop._loss(build_network(chosen), chosen, batch, batch.images, t, torch.device("cpu"))
+    assert asked == [*range(1, 1001), 1, 2, 1000]
 
 
 def test_the_variance_is_learned_by_the_hybrid_objective_alone() -> None:
