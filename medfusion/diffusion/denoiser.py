@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from medfusion.diffusion.process import Process, Time, expand, widened
+from medfusion.diffusion.process import Process, Time, combine, expand, widened
 
 Prediction = Literal["epsilon", "x0", "v", "score", "edm"]
 Variance = Literal["small", "large", "learned"]
@@ -50,7 +50,7 @@ def target(
 ) -> Tensor:
     """What the network should answer for x_t = alpha x_0 + sigma eps."""
     p, q = coefficients(prediction, process, t, sigma_data)
-    return expand(p, x0) * x0 + expand(q, x0) * noise
+    return combine(p, x0, q, noise)
 
 
 def separate(
@@ -63,8 +63,7 @@ def separate(
     p, q = coefficients(prediction, process, t, sigma_data)
     alpha, sigma = process.alpha(t), process.sigma(t)
     scale = 1 / (alpha * q - sigma * p)
-    x0 = expand(q * scale, x) * x - expand(sigma * scale, x) * output
-    return x0, expand(alpha * scale, x) * output - expand(p * scale, x) * x
+    return combine(q * scale, x, -sigma * scale, output), combine(alpha * scale, output, -p * scale, x)
 
 
 @dataclass(frozen=True)
@@ -101,12 +100,12 @@ class Denoiser:
 
     def estimate(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor | None]:
         """x_0, and for learned variance where between small (0) and large (1) it lies, both (b, c, ...)."""
-        x, t = widened(x), _one_a_sample(t, x)
+        x, t = widened(x), torch.as_tensor(t, dtype=torch.float64)
         output, fraction = self.answer(x, t)
         x0, _ = separate(self.prediction, self.process, output, x, t, self.sigma_data)
         _require_finite("network", t, x0, fraction)
         if self.guidance is not None:
-            x0 = self.guidance(x, t, x0)
+            x0 = self.guidance(x, t.expand(len(x)), x0)
             if x0.shape != x.shape:
                 raise ValueError(f"the guidance answers {tuple(x.shape)} with {tuple(x0.shape)}")
             _require_finite("guidance", t, x0)
@@ -114,14 +113,14 @@ class Denoiser:
 
     def answer(self, x: Tensor, t: Time) -> tuple[Tensor, Tensor | None]:
         """The network's prediction as it is, which is what objectives compare with ``target``; and the fraction."""
-        x, t = widened(x), _one_a_sample(t, x)
+        x, t = widened(x), torch.as_tensor(t, dtype=torch.float64)
         if not bool((t > 0).all()):
             raise ValueError("a denoiser is asked for times in (0, 1]; at t = 0 the image is clean")
         seen = x
         if self.prediction == "edm":
             ratio = self.process.noise_ratio(t)
             seen = expand((ratio**2 + self.sigma_data**2).rsqrt() / self.process.alpha(t), x) * x
-        output = self.network(seen, self.process.log_noise_ratio(t).to(x)).to(x)
+        output = self.network(seen, self.process.log_noise_ratio(t).to(x).expand(len(x))).to(x)
         channels = 2 * x.shape[1] if self.learned_variance else x.shape[1]
         if output.shape != (len(x), channels, *x.shape[2:]):
             raise ValueError(
@@ -134,9 +133,8 @@ class Denoiser:
 
     def score(self, x: Tensor, t: Time) -> Tensor:
         """Gradient of log p(x_t) by x_t, (alpha x_0 - x_t) / sigma^2 (Tweedie's formula)."""
-        x = widened(x)
-        sigma = expand(self.process.sigma(t), x)
-        return (expand(self.process.alpha(t), x) * self(x, t) - x) / sigma**2
+        x, precision = widened(x), self.process.sigma(t) ** -2
+        return combine(self.process.alpha(t) * precision, self(x, t), -precision, x)
 
     def guided(self, guidance: Guidance) -> Denoiser:
         """The same denoiser with ``guidance`` applied to its x_0, after the guidance that it has already."""
@@ -155,24 +153,23 @@ def reverse_variance(process: Process, s: Time, t: Time, kind: Variance, fractio
     """
     t = torch.as_tensor(t, dtype=torch.float64)
     s = torch.as_tensor(s, dtype=torch.float64)
-    _, large = process.transition(s, t)
+    if kind not in get_args(Variance):
+        raise ValueError(f"variance {kind!r} is none of {', '.join(get_args(Variance))}")
+    if kind == "large":
+        return process.sigma(t) ** 2 * process.new_share(s, t)
     low, high = torch.where(s > 0, s, t), torch.where(s > 0, t, (2 * t).clamp(max=1))
-    small = process.transition(low, high)[1] * (process.sigma(low) / process.sigma(high)) ** 2
+    small = process.sigma(low) ** 2 * process.new_share(low, high)
     if kind == "small":
         return small
-    if kind == "large":
-        return large
-    if kind != "learned":
-        raise ValueError(f"variance {kind!r} is none of small, large, learned")
     if fraction is None:
         raise ValueError("variance 'learned' needs a denoiser with learned variance")
+    large = reverse_variance(process, s, t, "large")
     return (expand(small.log(), fraction) + fraction * expand((large / small).log(), fraction)).exp()  # eq. 15
 
 
-def _one_a_sample(t: Time, x: Tensor) -> Tensor:
-    return torch.as_tensor(t, dtype=torch.float64).expand(len(x))
-
-
 def _require_finite(source: str, t: Tensor, *outputs: Tensor | None) -> None:
-    if not all(output is None or bool(torch.isfinite(output).all()) for output in outputs):
+    for output in outputs:
+        # the sum is finite where all values are, but for overflow, and ten times quicker to look at
+        if output is None or bool(torch.isfinite(output.sum())) or bool(torch.isfinite(output).all()):
+            continue
         raise FloatingPointError(f"the {source}'s output is not finite at t = {float(t.max()):.4g}")

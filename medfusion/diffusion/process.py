@@ -103,17 +103,16 @@ class Process(ABC):
         """A sample of q(x_t | x_0): alpha(t) x_0 + sigma(t) eps for a batch (b, ...)."""
         if noise.shape != x0.shape:
             raise ValueError(f"images {tuple(x0.shape)} and noise {tuple(noise.shape)} have different shapes")
-        return expand(self.alpha(t), x0) * x0 + expand(self.sigma(t), x0) * noise
+        return combine(self.alpha(t), x0, self.sigma(t), noise)
 
     def transition(self, s: Time, t: Time) -> tuple[Tensor, Tensor]:
         """q(x_t | x_s) = N(scale x_s, variance I) for s < t: (scale, variance)."""
-        return self.alpha(t) / self.alpha(s), self.sigma(t) ** 2 * self._new_share(s, t)
+        return self.alpha(t) / self.alpha(s), self.sigma(t) ** 2 * self.new_share(s, t)
 
     def posterior(self, x0: Tensor, x: Tensor, s: Time, t: Time) -> tuple[Tensor, Tensor]:
         """q(x_s | x_t = x, x_0) = N(mean, variance I) for s < t (Ho et al. 2020, eq. 6 and 7): (mean, variance)."""
-        new, alpha_s, alpha_t = self._new_share(s, t), self.alpha(s), self.alpha(t)
-        mean = expand(alpha_s * new, x) * x0 + expand(alpha_s / alpha_t * (1 - new), x) * x
-        return mean, self.sigma(s) ** 2 * new
+        new, alpha_s, alpha_t = self.new_share(s, t), self.alpha(s), self.alpha(t)
+        return combine(alpha_s * new, x0, alpha_s / alpha_t * (1 - new), x), self.sigma(s) ** 2 * new
 
     @cached_property
     def grid(self) -> Tensor:
@@ -142,7 +141,7 @@ class Process(ABC):
         below = (position - 1e-9).ceil().long() - 1  # k / T times T need not be k
         return position, below.clamp(0, self.steps - 2)
 
-    def _new_share(self, s: Time, t: Time) -> Tensor:
+    def new_share(self, s: Time, t: Time) -> Tensor:
         """1 - (r_s / r_t)^2: how much of the noise variance at t came after s."""
         log_s, log_t = self.log_noise_ratio(s), self.log_noise_ratio(t)
         if not bool((log_s <= log_t).all()):
@@ -303,8 +302,18 @@ def ncsn_ratio(dimensions: int) -> float:
 
 
 def expand(value: Tensor, like: Tensor) -> Tensor:
-    """A number a sample (b,), or one for all, as (b, 1, 1, ...) on the device and in the dtype of ``like``."""
-    return value.to(like).view(-1, *[1] * (like.ndim - 1))
+    """Numbers to multiply a batch with: one a sample (b,) as (b, 1, 1, ...), one for all as it is, which is faster."""
+    return value.to(like.dtype) if value.ndim == 0 else value.to(like).view(-1, *[1] * (like.ndim - 1))
+
+
+def combine(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
+    """The batch a x + b y, with a and b one number a sample (b,) or one for all.
+
+    In place on the first product: a new volume costs more time, in page faults, than the arithmetic on it.
+    """
+    if b.ndim == 0:
+        return (expand(a, x) * x).add_(y, alpha=float(b))
+    return (expand(a, x) * x).add_(expand(b, y) * y)
 
 
 def widened(x: Tensor) -> Tensor:

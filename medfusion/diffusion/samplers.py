@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from medfusion.diffusion.denoiser import Denoiser, Variance, reverse_variance
-from medfusion.diffusion.process import Generators, Process, Time, noise_like, widened
+from medfusion.diffusion.process import Generators, Process, Time, combine, noise_like, widened
 
 Callback = Callable[[int, Tensor], None]
 Spacing = Literal["uniform", "quadratic", "log_snr", "karras"]
@@ -83,12 +83,13 @@ def ddim(
         raise ValueError(f"eta lies in [0, 1], got {eta}")
     process, x = denoise.process, widened(x)
     for k, (t, s) in enumerate(steps_of(times)):
-        x0 = denoise(x, t)
-        noise = (x - process.alpha(t) * x0) / process.sigma(t)
-        fresh = eta * process.posterior(x0, x, s, t)[1].sqrt()
-        x = process.alpha(s) * x0 + (process.sigma(s) ** 2 - fresh**2).sqrt() * noise
+        x0, sigma_s = denoise(x, t), process.sigma(s)
+        fresh = eta * reverse_variance(process, s, t, "small").sqrt() if eta > 0 and s > 0 else torch.zeros_like(s)
+        # alpha_s x_0 + (sigma_s^2 - fresh^2)^(1/2) eps, with eps = (x - alpha_t x_0) / sigma_t
+        kept = (sigma_s**2 - fresh**2).sqrt() / process.sigma(t)
+        x = combine(process.alpha(s) - kept * process.alpha(t), x0, kept, x)
         if fresh > 0:
-            x = x + fresh * noise_like(x, generators)
+            x.add_(noise_like(x, generators), alpha=float(fresh))
         callback(k, x)
     return x
 
@@ -121,7 +122,7 @@ def ancestral_step(
     x0, fraction = denoise.estimate(x, t)
     mean, _ = denoise.process.posterior(x0, x, s, t)
     model_variance = reverse_variance(denoise.process, s, t, variance, fraction)  # refuses what does not fit
-    return mean if s == 0 else mean + model_variance.sqrt().to(x) * noise_like(x, generators)
+    return mean if s == 0 else mean.add_(model_variance.sqrt().to(x) * noise_like(x, generators))
 
 
 @torch.no_grad()
@@ -136,11 +137,12 @@ def langevin(
     callback: Callback = silent,
 ) -> Tensor:
     """Langevin dynamics at one noise level, x + step_size / 2 score + step_size^(1/2) z (Song & Ermon 2019, eq. 4)."""
-    if step_size <= 0 or steps < 0:
+    if not step_size > 0 or steps < 0:
         raise ValueError(f"needs step_size > 0 and steps >= 0, got {step_size} and {steps}")
     x = widened(x)
     for k in range(steps):
-        x = x + step_size / 2 * denoise.score(x, t) + step_size**0.5 * noise_like(x, generators)
+        x = torch.add(x, denoise.score(x, t), alpha=step_size / 2)
+        x.add_(noise_like(x, generators), alpha=step_size**0.5)
         callback(k, x)
     return x
 
@@ -196,8 +198,8 @@ def euler_maruyama(
                 f"{change:.3g}, at most 1 is allowed; take more steps, or start below t = {float(t):.4g}"
             )
         else:
-            x = x - length * (drift * x - diffusion**2 * denoise.score(x, t))
-            x = x + diffusion * length.sqrt() * noise_like(x, generators)
+            x = combine(1 - length * drift, x, length * diffusion**2, denoise.score(x, t))
+            x.add_(noise_like(x, generators), alpha=float(diffusion * length.sqrt()))
         callback(k, x)
     return x
 
@@ -262,9 +264,9 @@ def dpm_solver(denoise: Denoiser, x: Tensor, times: Tensor, *, callback: Callbac
         x0, length = denoise(x, t), process.log_noise_ratio(t) - process.log_noise_ratio(s)
         ahead = x0
         if before is not None and s > 0:
-            ahead = x0 + (x0 - before[0]) * (length / before[1] / 2)
+            ahead = torch.lerp(x0, before[0], -(length / before[1] / 2).to(x0))
         kept = torch.exp(-length)  # r_s / r_t
-        x = process.alpha(s) * (kept / process.alpha(t) * x + (1 - kept) * ahead)
+        x = combine(process.alpha(s) * (1 - kept), ahead, process.alpha(s) / process.alpha(t) * kept, x)
         before = x0, length
         callback(k, x)
     return x
