@@ -63,9 +63,9 @@ def log_likelihood(
 ) -> Tensor:
     """log p(x) in nats (b,), float64, of x at time ``start``: by default the first step of the process.
 
-    log p(y_0) = log N(y_1; 0, sigma(1)^2) + the integral of div dy/du (Song et al. 2021b, eq. 39): exact as far as x_1
-    follows that normal, which needs an r(1) far above the mean and the spread of the data. ``probes`` random signs a
-    sample estimate the divergence (Hutchinson; Grathwohl et al. 2019), the same ones along the whole path; None
+    log p(y_0) = log N(y_1; 0, r(1)^2 / (1 + r(1)^2)) + the integral of div dy/du (Song et al. 2021b, eq. 39): exact as
+    far as x_1 follows that normal, which needs an r(1) far above the mean and the spread of the data. ``probes`` random
+    signs a sample estimate the divergence (Hutchinson; Grathwohl et al. 2019), the same ones along the whole path; None
     computes it exactly, with one backward pass for each value of a sample.
 
     Raises

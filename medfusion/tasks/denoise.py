@@ -73,6 +73,7 @@ def denoise_volume(volume: Volume, prior: Prior, *, sigma: float | None = None, 
 
 
 def _time_of(prior: Prior, ratio: float, name: str) -> float:
+    # below the first step of the process the network has seen nothing, and there is next to nothing to remove
     lowest, highest = (float(prior.process.noise_ratio(t)) for t in (1 / prior.process.steps, 1.0))
     if ratio <= lowest:
         return 0.0

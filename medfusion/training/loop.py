@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from medfusion.config import Config
@@ -191,7 +192,11 @@ def read_checkpoint(out: Path, config: Config) -> dict[str, Any]:
         raise MedfusionError(f"{path}: damaged, or no checkpoint", fix="--overwrite to begin anew") from error
     if not isinstance(state, dict) or "config" not in state:
         raise MedfusionError(f"{path}: no checkpoint of medfusion", fix="--overwrite to begin anew")
-    if Config.model_validate_json(state["config"]) != config:
+    try:
+        same = Config.model_validate_json(state["config"]) == config  # settings that are new since then have defaults
+    except ValidationError:
+        same = False
+    if not same:
         raise MedfusionError(
             f"{path}: was made with another config", fix="resume with the same config, or choose a new --out"
         )

@@ -27,12 +27,7 @@ all_processes = pytest.mark.parametrize("process", PROCESSES.values(), ids=PROCE
 @pytest.mark.parametrize(
     ("process", "shape"),
     [
-        pytest.param(
-            process,
-            shape,
-            id=f"{name}-{math.prod(shape)}",
-            marks=[] if len(shape) == 1 or name in ("vp-cosine", "ve") else [pytest.mark.slow],
-        )
+        pytest.param(process, shape, id=f"{name}-{math.prod(shape)}")
         for shape in ((1,), (2,), (1, 3, 3, 3))
         for name, process in PROCESSES.items()
     ],

@@ -111,16 +111,10 @@ RECOVERY = {
 }
 
 
-# Every process in 2 dimensions; in 27 those that differ most; the others, and 1, when slow tests are asked for.
 every_process_and_dimension = pytest.mark.parametrize(
     ("process", "shape"),
     [
-        pytest.param(
-            process,
-            shape,
-            id=f"{name}-{math.prod(shape)}",
-            marks=[] if shape == (2,) or (shape != (1,) and name in ("vp-cosine", "ve")) else [pytest.mark.slow],
-        )
+        pytest.param(process, shape, id=f"{name}-{math.prod(shape)}")
         for shape in ((1,), (2,), (1, 3, 3, 3))
         for name, process in PROCESSES.items()
     ],

@@ -135,6 +135,24 @@ def test_another_config_cannot_be_resumed(tmp_path: Path, cases: list[Case]) -> 
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+def test_a_checkpoint_of_settings_that_do_not_exist_is_another_config(tmp_path: Path, cases: list[Case]) -> None:
+    train(cases, config(), tmp_path, device="cpu")
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"config": state["config"].replace('"batch"', '"bunch"')}, path)
+    with pytest.raises(MedfusionError, match="was made with another config"):
+        read_checkpoint(tmp_path, config())
+
+
+def test_a_checkpoint_from_before_a_setting_was_there_can_be_resumed(tmp_path: Path, cases: list[Case]) -> None:
+    train(cases, config(), tmp_path, device="cpu")
+    path = tmp_path / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    torch.save(state | {"config": state["config"].replace('"family":"vp",', "")}, path)
+    assert "family" not in torch.load(path, weights_only=True)["config"]
+    assert read_checkpoint(tmp_path, config())["step"] == 4
+
+
 def test_nothing_to_resume_from(tmp_path: Path, cases: list[Case]) -> None:
     with pytest.raises(MedfusionError, match="no checkpoint to resume from"):
         train(cases, config(), tmp_path, resume=True, device="cpu")
