@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
@@ -38,16 +38,37 @@ class ProcessConfig(Strict):
 
 
 class NetworkConfig(Strict):
-    """The norm-free residual U-Net on 2x2x2-folded voxels (``medfusion.networks.ResidualUNet``)."""
+    """The norm-free residual U-Net on 2x2x2-folded voxels (``medfusion.networks.ResidualUNet``) and what it sees."""
 
     channels: tuple[PositiveInt, ...] = Field((48, 96, 128, 160), min_length=1)
     blocks: tuple[PositiveInt, ...] = Field((2, 2, 1, 1), min_length=1)
+    located: bool = True  # shown where in the head a voxel lies, and the mean head there; off for patches of anything
+    labels: int = Field(0, ge=0)  # values of the label map it is shown, 0 (background) included; 0: no label map
+    classes: tuple[str, ...] = ()  # names of the classes it is told, as in the column of data.classes
 
     @model_validator(mode="after")
     def _one_block_count_a_level(self) -> NetworkConfig:
         if len(self.channels) != len(self.blocks):
             raise ValueError(f"channels has {len(self.channels)} levels, blocks has {len(self.blocks)}")
         return self
+
+
+class AutoencoderConfig(Strict):
+    """MONAI's AutoencoderKL, trained first; the diffusion then works on its latents (Rombach et al. 2022)."""
+
+    # of each level; all but the last halve the resolution
+    channels: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = Field((32, 64, 64), min_length=2)
+    blocks: PositiveInt = 1  # of each level
+    latents: PositiveInt = 4  # channels
+    kl_weight: float = Field(1e-6, gt=0)  # of the divergence from the normal distribution, beside the absolute error
+    steps: int = Field(3000, ge=1)
+    batch: int = Field(2, ge=1)  # crops of a step, over all devices
+    learning_rate: float = Field(1e-4, gt=0)  # of AdamW
+
+    @property
+    def factor(self) -> int:
+        """Edge of an image over that of its latents: each level but the last halves the resolution."""
+        return int(2 ** (len(self.channels) - 1))
 
 
 class PreprocessingConfig(Strict):
@@ -59,13 +80,41 @@ class PreprocessingConfig(Strict):
 
 
 class DataConfig(Strict):
-    """Which scans of the data folder are used and how crops are drawn from them."""
+    """Which scans of the data folder are used and how crops are drawn from them.
+
+    ``masks`` and ``labels`` say where the file that belongs to a scan lies, relative to the scan, with a * for what the
+    * in ``images`` stood for: images "*_T1.nii.gz" and labels "*_seg.nii.gz", or "*.nii.gz" and "../labels/*.nii.gz".
+    """
 
     images: str = "*"  # file-name pattern of the NIfTI files; DICOM series are always taken
-    masks: str = ""  # same names with this ending hold brain masks (>0): adds the skull-stripped twin of each scan
+    masks: str = ""  # brain masks (>0): each scan is used skull-stripped too
+    labels: str = ""  # label maps: shown to the network where network.labels is set, and painted (below)
+    classes: str = ""  # a CSV file in the data folder with the columns case and class
     stripped_share: float = Field(0.3, ge=0, le=1)  # of the crops, when masks are given
+    located_share: float = Field(0.7, ge=0, le=1)  # of the crops that know their position, if the network is located
+    withheld_share: float = Field(0.15, ge=0, le=1)  # of the crops whose labels and class are not shown: for guidance
+    zoomed_share: float = Field(0.25, ge=0, le=1)  # of the crops without position: finer voxels, down to half
+    remapped_share: float = Field(0.0, ge=0, le=1)  # of the crops that get another contrast by a random curve
+    painted_share: float = Field(0.0, ge=0, le=1)  # of the crops that get another contrast region by region
+    flips: Literal["x", "xyz"] = "x"  # x: left and right alone
     validation: int = Field(8, ge=1)  # scans held out, chosen by the seed
     crop: int = Field(64, ge=16, multiple_of=16)  # edge of a training cube in voxels
+
+    @model_validator(mode="after")
+    def _shares_of_contrasts(self) -> DataConfig:
+        if self.painted_share and not self.labels:
+            raise ValueError("painted_share needs labels")
+        if self.painted_share + self.remapped_share > 1:
+            raise ValueError("painted_share and remapped_share are together above 1")
+        return self
+
+
+class TimesConfig(Strict):
+    """Noise levels of the training: some about the noise of real scans, the others anywhere in the process."""
+
+    lognormal_share: float = Field(0.6, ge=0, le=1)  # of the crops; the others have t uniform
+    median: float = Field(0.25, gt=0)  # noise ratio; scans go from -1 to +1, so 0.25 is 12 % of their range
+    spread: float = Field(1.0, gt=0)  # standard deviation of the log of the noise ratio
 
 
 class TrainingConfig(Strict):
@@ -73,12 +122,19 @@ class TrainingConfig(Strict):
 
     # all but "hybrid" are weights of the squared error; the times are drawn the same way for each
     objective: Literal["simple", "score_matching", "likelihood", "min_snr", "edm", "hybrid"] = "simple"
+    times: TimesConfig = TimesConfig()
+    start: str = ""  # a prior, shipped or a file, whose weights are the first ones
     steps: int = Field(3000, ge=1)
-    batch: int = Field(2, ge=1)
+    batch: int = Field(2, ge=1)  # crops of a step, over all devices
+    accumulate: int = Field(1, ge=1)  # parts in which a device does its share of the batch: less memory, same result
+    optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(6e-4, gt=0)
-    warmup: int = Field(100, ge=1)
+    warmup: int = Field(100, ge=1)  # steps; a cosine to a thousandth follows
     ema_half_life: int = Field(1000, ge=1)  # in images
+    recompute: bool = False  # activations in the backward pass: large crops in half the memory for a third more time
+    compile: bool = False  # see docs/training.md for where it pays
     checkpoint_every: int = Field(200, ge=1)  # steps
+    validate_every: int = Field(600, ge=1)  # steps: losses on held-out scans, a picture
     seed: int = 0
 
 
@@ -88,6 +144,7 @@ class Config(Strict):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     process: ProcessConfig = ProcessConfig()
     network: NetworkConfig = NetworkConfig()
+    autoencoder: AutoencoderConfig | None = None  # latent diffusion, for large volumes; off: the voxels themselves
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
@@ -100,6 +157,28 @@ class Config(Strict):
             raise ValueError("process.learned_variance and the objective hybrid go together")
         return self
 
+    @model_validator(mode="after")
+    def _conditions_have_data(self) -> Config:
+        if self.network.labels and not self.data.labels:
+            raise ValueError("network.labels needs data.labels, where the label maps are")
+        if bool(self.network.classes) != bool(self.data.classes):
+            raise ValueError("network.classes, their names, and data.classes, the table, go together")
+        return self
+
+    @model_validator(mode="after")
+    def _crops_can_be_halved(self) -> Config:
+        levels = len(self.network.channels) + (len(self.autoencoder.channels) - 1 if self.autoencoder else 0)
+        if self.data.crop % 2**levels:
+            raise ValueError(f"data.crop is no multiple of 2^{levels}, one factor a level")
+        return self
+
+    @property
+    def diffused(self) -> tuple[int, int]:
+        """Channels and edge of what the diffusion works on: a crop, or its latents."""
+        if self.autoencoder is None:
+            return 1, self.data.crop
+        return self.autoencoder.latents, self.data.crop // self.autoencoder.factor
+
 
 def _parse(value: str) -> Any:
     """A YAML scalar or list; nothing, and what YAML cannot read, such as the pattern *_T1.nii.gz, is a string."""
@@ -109,13 +188,10 @@ def _parse(value: str) -> Any:
         return value
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
-    """Read a YAML file and apply overrides such as ``training.steps=50``.
-
-    Raises
-    ------
-    MedfusionError : the file cannot be read, an override is not ``a.b=value``, or a field is unknown or out of range.
-    """
+def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """The sections of a file over those of its ``base``; ``above`` are the files that build on it."""
+    if path in above:
+        raise MedfusionError(f"{path}: builds on itself, by base", files=" -> ".join(p.name for p in (*above, path)))
     try:
         tree: Any = yaml.safe_load(path.read_text())
     except OSError as error:
@@ -126,6 +202,26 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
         raise MedfusionError(f"{path}: not valid YAML", problem=str(error).replace("\n", " ")) from error
     if not isinstance(tree, dict):
         raise MedfusionError(f"{path}: a config is a mapping of fields, see configs/")
+    if "base" not in tree:
+        return tree
+    base = _read_tree(path.parent / str(tree.pop("base")), (*above, path))
+    sections = {
+        name: base[name] | value if isinstance(value, dict) and isinstance(base.get(name), dict) else value
+        for name, value in tree.items()
+    }
+    return base | sections
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Read a YAML file and apply overrides such as ``training.steps=50``.
+
+    A file that begins with ``base: other.yaml`` says only where it differs from the other, which lies beside it.
+
+    Raises
+    ------
+    MedfusionError : the file cannot be read, an override is not ``a.b=value``, or a field is unknown or out of range.
+    """
+    tree = _read_tree(path)
     for override in overrides:
         key, separator, value = override.partition("=")
         if not separator:

@@ -16,14 +16,30 @@ from torch.nn import functional as F
 from medfusion.config import Config
 from medfusion.diffusion import VE, VP, Denoiser, Network, Process, SubVP
 from medfusion.errors import MedfusionError
-from medfusion.networks import ResidualUNet
+from medfusion.networks import Autoencoder, ResidualUNet, on_latents
 
 FORMAT = "medfusion-prior-1"
+AUTOENCODER = "autoencoder."  # begins the names of its weights in the file
 
 
 def build_network(config: Config) -> ResidualUNet:
     """The network that a config describes, freshly initialised."""
-    return ResidualUNet(config.network.channels, config.network.blocks, 2 if config.process.learned_variance else 1)
+    shown = config.network
+    return ResidualUNet(
+        shown.channels,
+        shown.blocks,
+        2 if config.process.learned_variance else 1,
+        images=config.diffused[0],
+        located=shown.located,
+        labels=shown.labels,
+        classes=len(shown.classes),
+    )
+
+
+def build_autoencoder(config: Config) -> Autoencoder | None:
+    """The autoencoder that a config describes, freshly initialised, if it describes one."""
+    shape = config.autoencoder
+    return None if shape is None else Autoencoder(shape.channels, shape.blocks, shape.latents)
 
 
 def build_process(config: Config) -> Process:
@@ -49,11 +65,13 @@ class Prior:
     config : process, network, preprocessing and training settings.
     network : ``ResidualUNet`` in evaluation mode.
     provenance : what it was trained on and when; printed by ``medfusion priors`` and written in ``run.json``.
+    autoencoder : of a latent prior, whose network works on its latents; None: the network works on voxels.
     """
 
     config: Config
     network: ResidualUNet
     provenance: dict[str, Any]
+    autoencoder: Autoencoder | None = None
 
     @property
     def name(self) -> str:
@@ -73,28 +91,70 @@ class Prior:
     def to(self, device: str | torch.device) -> Prior:
         """Move the weights; returns self."""
         self.network.to(device)
+        if self.autoencoder is not None:
+            self.autoencoder.to(device)
         return self
 
-    def denoiser(self, context: Tensor | None = None, *, margin: int = 0) -> Denoiser:
+    @torch.no_grad()
+    def encode(self, image: Tensor) -> Tensor:
+        """What the denoiser works on, of images (b, 1, d, h, w): themselves, or their latents."""
+        if self.autoencoder is None:
+            return image
+        padding = _far_side([-n % self.autoencoder.factor for n in image.shape[2:]])
+        with half_width(image.device):
+            return self.autoencoder.encode(_grown(image, padding)).float()
+
+    @torch.no_grad()
+    def decode(self, x: Tensor, shape: Sequence[int]) -> Tensor:
+        """Images (b, 1, *shape) of what the denoiser works on, the inverse of ``encode``."""
+        if self.autoencoder is None:
+            return x
+        with half_width(x.device):
+            image = self.autoencoder.decode(x).float()
+        d, h, w = map(slice, shape)
+        return image[..., d, h, w]
+
+    def denoiser(
+        self,
+        context: Tensor | None = None,
+        labels: Tensor | None = None,
+        classes: Tensor | None = None,
+        *,
+        margin: int = 0,
+    ) -> Denoiser:
         """E[x_0 | x_t] for batches (b, 1, d, h, w) of any size, padded inside to what the network needs.
 
-        ``context`` (b, 4, d/2, h/2, w/2) as in ``medfusion.data.crops.context_channels``; None means unknown.
-        ``margin`` adds that many replicated voxels on every side first; it goes with an unknown context only.
+        A latent prior denoises latents: x_0 is what ``encode`` gives, while all else lies on the image.
+        ``context`` (b, 4, d/2, h/2, w/2) as in ``medfusion.data.crops.context_channels``; ``labels`` (b, d, h, w) and
+        ``classes`` (b,) integers, -1 where unknown; None means unknown. Guidance towards labels or a class is
+        ``medfusion.diffusion.classifier_free`` of a denoiser with them and one without.
+        ``margin`` adds that many replicated voxels on every side first; it goes with unknown context and labels only.
+
+        Raises
+        ------
+        ValueError : labels or classes for a prior that was trained without, or a value that it was not trained on;
+            context or labels with a margin; when it is asked: context or labels of another shape than the image.
         """
+        known = self.config.network
+        _within(labels, known.labels, "labels")
+        _within(classes, len(known.classes), "classes")
+        if margin and not (context is None and labels is None):
+            raise ValueError("a margin goes with unknown context and labels only")
+        if self.autoencoder is not None:
+            context, labels = on_latents(context, labels, self.autoencoder.factor)
 
         def network(x: Tensor, log_noise_ratio: Tensor) -> Tensor:
             multiple, shape = self.network.multiple, x.shape[2:]
-            x = F.pad(x, [margin] * 6, mode="replicate") if margin else x
-            padding = [-n % multiple for n in x.shape[2:]]
-            x = F.pad(x, _far_side(padding), mode="replicate") if any(padding) else x
-            given = context
-            if given is not None:
-                grown = [n // 2 - m for n, m in zip(x.shape[2:], given.shape[2:], strict=True)]
-                given = (
-                    F.pad(given.to(x.device), _far_side(grown), mode="replicate") if any(grown) else given.to(x.device)
-                )
-            with torch.autocast(x.device.type, torch.bfloat16, enabled=fast_bfloat16(x.device)):
-                output = self.network(x, log_noise_ratio.to(x.device), given)
+            _lies_on(x, labels, 1, "labels")
+            _lies_on(x, context, 2, "context")
+            x = _grown(x, [margin] * 6) if margin else x
+            padding = _far_side([-n % multiple for n in x.shape[2:]])
+            x = _grown(x, padding)
+            told = None if context is None else _grown_to(context.to(x.device), [n // 2 for n in x.shape[2:]])
+            map_ = None if labels is None else _grown_to(labels[:, None].to(x.device), x.shape[2:])[:, 0]
+            class_ = None if classes is None else classes.to(x.device)
+            with half_width(x.device):
+                output = self.network(x, log_noise_ratio.to(x.device), told, map_, class_)
             d, h, w = (slice(margin, margin + n) for n in shape)
             return output[..., d, h, w]
 
@@ -104,9 +164,10 @@ class Prior:
         """Write weights in half precision and everything else as JSON in the file's metadata."""
         from safetensors.torch import save
 
-        weights = {
-            name: tensor.detach().cpu().half().contiguous() for name, tensor in self.network.state_dict().items()
-        }
+        weights = self.network.state_dict()
+        if self.autoencoder is not None:
+            weights |= {AUTOENCODER + name: tensor for name, tensor in self.autoencoder.state_dict().items()}
+        weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in weights.items()}
         metadata = {
             "format": FORMAT,
             "config": self.config.model_dump_json(),
@@ -127,19 +188,54 @@ class Prior:
 
         path = prior_path(name_or_path)
         config, provenance = read_metadata(path)
-        network = build_network(config)
+        network, autoencoder = build_network(config), build_autoencoder(config)
         try:
-            network.load_state_dict({key: value.float() for key, value in load_file(path).items()})
+            weights = {name: tensor.float() for name, tensor in load_file(path).items()}
+            if autoencoder is not None:
+                inner = [name for name in weights if name.startswith(AUTOENCODER)]
+                autoencoder.load_state_dict({name.removeprefix(AUTOENCODER): weights.pop(name) for name in inner})
+            network.load_state_dict(weights)
         except (SafetensorError, RuntimeError) as error:
             raise MedfusionError(
                 f"{path}: the weights do not fit the config beside them", problem=str(error)[:200]
             ) from error
-        network.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        return cls(config, network, provenance)
+        for module in (network, autoencoder):
+            if module is not None:
+                module.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+        return cls(config, network, provenance, autoencoder)
 
 
 def _far_side(padding: Sequence[int]) -> list[int]:
     return [value for p in reversed(padding) for value in (0, p)]
+
+
+def _grown(x: Tensor, padding: Sequence[int]) -> Tensor:
+    if not any(padding):
+        return x
+    real = x if x.is_floating_point() else x.float()  # integers cannot be replicated
+    return F.pad(real, list(padding), mode="replicate").to(x.dtype)
+
+
+def _grown_to(x: Tensor, shape: Sequence[int]) -> Tensor:
+    """Replicated on the far side up to ``shape``."""
+    return _grown(x, _far_side([n - m for n, m in zip(shape, x.shape[2:], strict=True)]))
+
+
+def _within(given: Tensor | None, number: int, what: str) -> None:
+    if given is None:
+        return
+    if not number:
+        raise ValueError(f"the prior was trained without {what}")
+    if given.is_floating_point() or int(given.min()) < -1 or int(given.max()) >= number:
+        raise ValueError(f"{what} of this prior are integers from 0 to {number - 1}, or -1 for unknown")
+
+
+def _lies_on(x: Tensor, given: Tensor | None, factor: int, what: str) -> None:
+    """``given`` has the size of ``x`` divided by ``factor``, rounded down or up."""
+    if given is None:
+        return
+    if any(abs(factor * m - n) >= factor for m, n in zip(given.shape[-3:], x.shape[-3:], strict=True)):
+        raise ValueError(f"{what} {tuple(given.shape)} does not lie on the image {tuple(x.shape)}")
 
 
 def fast_bfloat16(device: torch.device) -> bool:
@@ -147,6 +243,11 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def half_width(device: torch.device) -> torch.autocast:
+    """Around a network: bfloat16 where that is fast."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device))
 
 
 def shipped() -> dict[str, Path]:

@@ -44,13 +44,22 @@ def white_prior() -> Prior:
     return Prior(config, network.eval().requires_grad_(False), PROVENANCE)
 
 
-def random_prior(seed: int = 0) -> Prior:
-    """No weight is zero: the answer depends on neighbours, noise level and context."""
-    network, generator = build_network(tiny_config()), torch.Generator().manual_seed(seed)
+def random_prior(seed: int = 0, config: Config | None = None) -> Prior:
+    """No weight is zero: the answer depends on neighbours, noise level and all that is told."""
+    config = tiny_config() if config is None else config
+    network, generator = build_network(config), torch.Generator().manual_seed(seed)
     for parameter in network.requires_grad_(False).parameters():
         gain = 0.1 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
         parameter.copy_(gain * torch.randn(parameter.shape, generator=generator))
-    return Prior(tiny_config(), network.eval(), PROVENANCE)
+    if network.classes is not None:
+        network.classes.weight[0] = 0  # not told
+    return Prior(config, network.eval(), PROVENANCE)
+
+
+def conditional_prior() -> Prior:
+    """A random prior that is told a label map of the values 0 to 2 and one of the classes a and b."""
+    shown = {"located": False, "labels": 3, "classes": ("a", "b")}
+    return random_prior(config=tiny_config(network=shown, data={"labels": "*_seg.nii.gz", "classes": "classes.csv"}))
 
 
 class Memory(nn.Module):
@@ -63,7 +72,7 @@ class Memory(nn.Module):
         padding = [value for n in reversed(image.shape) for value in (0, n % 2)]
         self.image = nn.Parameter(F.pad(torch.from_numpy(image)[None, None], padding), requires_grad=False)
 
-    def forward(self, x: Tensor, log_noise_ratio: Tensor, context: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, log_noise_ratio: Tensor, *beside: Tensor | None) -> Tensor:
         return self.image.expand_as(x)
 
 

@@ -3,10 +3,11 @@
 import json
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from prior_factory import PROVENANCE, random_prior, saved, tiny_config, white_prior
+from prior_factory import PROVENANCE, conditional_prior, random_prior, saved, tiny_config, white_prior
 from safetensors.torch import save_file
 
 from medfusion.errors import MedfusionError
@@ -151,3 +152,65 @@ def test_the_network_is_told_the_context() -> None:
     )
     torch.testing.assert_close(unknown, zeros, rtol=0, atol=0)
     assert float((given - unknown).abs().mean()) > 0.05
+
+
+@pytest.mark.parametrize("shape", [(16, 16, 16), (17, 15, 22)])
+def test_labels_and_classes_are_told_and_may_be_unknown(shape: tuple[int, int, int]) -> None:
+    prior, x = conditional_prior(), image(*shape)
+    labels = torch.randint(0, 3, (1, *shape), generator=torch.Generator().manual_seed(0))
+    unknown = torch.full_like(labels, -1)
+    plain = ask(prior, x)
+    torch.testing.assert_close(prior.denoiser(labels=unknown, classes=torch.tensor([-1]))(x, TIME), plain)
+    for told in ({"labels": labels}, {"classes": torch.tensor([1])}):
+        answer = prior.denoiser(**told)(x, TIME)
+        assert answer.shape == x.shape
+        assert not torch.allclose(answer, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("told", "problem"),
+    [
+        ({"labels": torch.full((1, 16, 16, 16), 3)}, "labels"),
+        ({"labels": torch.full((1, 16, 16, 16), -2)}, "labels"),
+        ({"classes": torch.tensor([2])}, "classes"),
+        ({"labels": torch.zeros(1, 16, 16, 16).long(), "margin": 4}, "margin"),
+    ],
+    ids=["label too high", "label too low", "class too high", "margin"],
+)
+def test_what_the_prior_was_not_trained_on_is_refused(told: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        conditional_prior().denoiser(**told)
+
+
+def test_labels_and_classes_need_a_prior_that_was_trained_with_them() -> None:
+    with pytest.raises(ValueError, match="labels"):
+        random_prior().denoiser(labels=torch.zeros(1, 16, 16, 16).long())
+    with pytest.raises(ValueError, match="classes"):
+        random_prior().denoiser(classes=torch.tensor([0]))
+
+
+def test_what_lies_on_another_grid_is_refused() -> None:
+    x = image(16, 16, 16)
+    with pytest.raises(ValueError, match="labels"):
+        conditional_prior().denoiser(labels=torch.zeros(1, 16, 16, 18).long())(x, TIME)
+    with pytest.raises(ValueError, match="context"):
+        ask(random_prior(), x, torch.zeros(1, 4, 16, 16, 16))
+
+
+def test_a_margin_replicates_the_edge_and_is_cut_off_again() -> None:
+    prior, x = random_prior(), image(16, 16, 16)
+    padded = torch.nn.functional.pad(x, (8,) * 6, mode="replicate")
+    within = prior.denoiser(margin=8)(x, TIME)
+    torch.testing.assert_close(within, ask(prior, padded)[..., 8:24, 8:24, 8:24], rtol=0, atol=0)
+
+
+def test_priors_from_before_there_were_labels_and_classes_answer_as_they_did(tmp_path: Path) -> None:
+    """The config in the file of such a prior lacks the settings that came later."""
+    prior, path = random_prior(), tmp_path / "old.safetensors"
+    config = json.loads(prior.config.model_dump_json())
+    for name in ("located", "labels", "classes"):
+        del config["network"][name]
+    metadata = {"format": "medfusion-prior-1", "config": json.dumps(config), "provenance": "{}"}
+    save_file({name: w.contiguous() for name, w in prior.network.state_dict().items()}, path, metadata)
+    x, context = image(16, 16, 16), torch.ones(1, 4, 8, 8, 8)
+    torch.testing.assert_close(ask(Prior.load(path), x, context), ask(prior, x, context), rtol=0, atol=0)

@@ -61,3 +61,43 @@ def test_bad_configs_are_refused_by_field(tmp_path, text, overrides, message):
     assert message in str(caught.value)
     with pytest.raises(MedfusionError, match="cannot be read"):
         load_config(tmp_path / "none.yaml")
+
+
+def test_a_config_may_say_only_where_it_differs_from_another(tmp_path):
+    (tmp_path / "first.yaml").write_text("name: first\ntraining: {steps: 7, batch: 4}\ndata: {crop: 32}\nnotes: mine")
+    (tmp_path / "second.yaml").write_text("base: first.yaml\nname: second\ntraining: {steps: 9}")
+    (tmp_path / "third.yaml").write_text("base: second.yaml\nname: third\ndata: {crop: 48}\nnotes: ''")
+    third = load_config(tmp_path / "third.yaml", ["training.seed=5"])
+    assert (third.name, third.notes, third.data.crop) == ("third", "", 48)
+    assert (third.training.steps, third.training.batch, third.training.seed) == (9, 4, 5)
+    assert load_config(tmp_path / "second.yaml").data.crop == 32
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("base: none.yaml\nname: x", "none.yaml: cannot be read"), ("base: c.yaml\nname: x", "builds on itself")],
+)
+def test_a_base_that_cannot_be_used_is_named(tmp_path, text, message):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(MedfusionError, match=message):
+        load_config(tmp_path / "c.yaml")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["network.labels=3"], "network.labels needs data.labels"),
+        (["network.classes=[a]"], "go together"),
+        (["data.classes=c.csv"], "go together"),
+        (["data.painted_share=0.5"], "painted_share needs labels"),
+        (["data.labels=x", "data.painted_share=0.6", "data.remapped_share=0.5"], "together above 1"),
+        (["data.crop=48", "network.channels=[8, 8, 8, 8, 8]", "network.blocks=[1, 1, 1, 1, 1]"], "multiple of 2^5"),
+        (["training.objective=hybrid"], "go together"),
+        (["process.family=ve", "process.sigma_min=60"], "is not below"),
+    ],
+)
+def test_settings_that_exclude_each_other_are_refused(tmp_path, overrides, message):
+    (tmp_path / "c.yaml").write_text("name: x")
+    with pytest.raises(MedfusionError) as caught:
+        load_config(tmp_path / "c.yaml", overrides)
+    assert message in str(caught.value)

@@ -166,14 +166,36 @@ def train_command(
     data: Annotated[Path, typer.Option(help="Folder of NIfTI files or DICOM series.")],
     out: Annotated[Path, typer.Option(help="Folder for prior.safetensors, metrics.jsonl and the checkpoint.")],
     set: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. training.steps=500.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Folder of prepared scans, which runs may share; default: OUT/cache.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave out scans: a name, or a shell pattern of names; may be repeated.")
+    ] = None,
     device: Device = None,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that draw crops ahead; default: as many as help.")
+    ] = None,
     overwrite: Overwrite = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")] = False,
 ) -> None:
     """Train a prior on a folder of scans."""
     from medfusion.cli.train import train_prior
 
-    raise typer.Exit(train_prior(config, data, out, set or [], device=device, overwrite=overwrite, resume=resume))
+    raise typer.Exit(
+        train_prior(
+            config,
+            data,
+            out,
+            set or [],
+            cache=cache,
+            exclude=exclude or [],
+            device=device,
+            workers=workers,
+            overwrite=overwrite,
+            resume=resume,
+        )
+    )
 
 
 @app.command("priors")

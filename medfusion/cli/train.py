@@ -1,14 +1,14 @@
-"""``medfusion train``: read the config and the scans, train with a progress bar, say where the prior is."""
+"""``medfusion train``: read the config and the scans, show the audit, train with a bar, say where the prior is."""
 
 from __future__ import annotations
 
 import json
-import sys
+import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -17,81 +17,162 @@ from medfusion.errors import MedfusionError
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-PLAIN_EVERY = 25  # steps between lines where there is no terminal to draw a bar on
+    from medfusion.config import Config
+    from medfusion.data.crops import Case
+    from medfusion.training import Audit
+    from medfusion.training.meter import State
+
+PLAIN_EVERY = 25  # scans or steps between lines where there is no terminal to draw a bar on
+RUN = ("checkpoint.pt", "prior.safetensors", "autoencoder/checkpoint.pt")  # what a run leaves
+LISTED = 10  # scans named for each remark of the audit; audit.csv has them all
 
 
 def train_prior(
-    config_path: Path, data: Path, out: Path, overrides: list[str], *, device: str | None, overwrite: bool, resume: bool
+    config_path: Path,
+    data: Path,
+    out: Path,
+    overrides: list[str],
+    *,
+    cache: Path | None,
+    exclude: list[str],
+    device: str | None,
+    workers: int | None,
+    overwrite: bool,
+    resume: bool,
 ) -> int:
-    """Train, and return the exit code."""
-    from medfusion.config import load_config
-    from medfusion.io.output import check_output, staged
-    from medfusion.tasks.runner import environment, pick_device
-    from medfusion.training import load_cases, read_checkpoint, train
+    """Train, and return the exit code.
 
-    console = Console(stderr=True)
+    ``accelerate launch`` starts several processes: the first prints and writes, and each is given its device.
+    """
+    from medfusion.config import load_config
+    from medfusion.io.output import staged
+    from medfusion.tasks.runner import environment, pick_device
+    from medfusion.training import load_cases
+
+    began = time.monotonic()
+    processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    console = Console(stderr=True, quiet=rank > 0)
     config = load_config(config_path, overrides)
-    device = pick_device(device)
-    check_output(out, data)
-    if resume and overwrite:
-        raise MedfusionError("--overwrite and --resume exclude each other", fix="choose one of them")
-    if resume:
-        read_checkpoint(out, config)  # refused before the scans are read and before anything is written
-    elif not overwrite and any((out / name).exists() for name in ("checkpoint.pt", "prior.safetensors")):
-        raise MedfusionError(f"{out}: holds a run already", fix="--resume to continue it, --overwrite to begin anew")
-    cases = load_cases(data, config, lambda done, total, name: _note(console, f"reading {done}/{total} {name}"))
-    console.print(f"{len({case.name for case in cases})} scans, {len(cases)} training images with their variants")
-    began, interrupted = time.monotonic(), False
-    try:
-        with _bar(console, config.training.steps) as advance:
-            train(cases, config, out, data=data.name, resume=resume, device=device, progress=advance)
-    except KeyboardInterrupt:
-        interrupted = True
-    record = {
-        "command": "train",
-        "data": str(data),
-        "scans": sorted({case.name for case in cases}),
-        "config": config.model_dump(),
-        "environment": environment(device),
-        "seconds": round(time.monotonic() - began, 1),
-        "interrupted": interrupted,
-        "outputs": sorted(path.name for path in out.iterdir()),
-    }
-    with staged(out / "run.json", overwrite=True) as unfinished:
-        unfinished.write_text(json.dumps(record, indent=2) + "\n")
-    if interrupted:
-        kept = (out / "checkpoint.pt").exists()
-        console.print(f"Interrupted{': --resume continues from the last checkpoint' if kept else ''}")
+    if device is not None or processes == 1:
+        device = pick_device(device)
+    cache = out / "cache" if cache is None else cache
+    _check_folders(config, data, out, cache, overwrite, resume)
+    with _preparing(console) as note:
+        cases, audit = load_cases(data, config, cache=cache, exclude=exclude, progress=note)
+    if rank == 0:
+        audit.save(out / "audit.csv")
+    _show(console, audit)
+    finished = _train(console, cases, config, out, data=data.name, resume=resume, device=device, workers=workers)
+    if rank == 0:
+        record = {
+            "command": "train",
+            "data": str(data),
+            "cache": str(cache),
+            "scans": sorted({case.name for case in cases}),
+            "audit": audit.summary(),
+            "config": config.model_dump(),
+            "environment": environment(device or f"{processes} processes of accelerate launch"),
+            "seconds": round(time.monotonic() - began, 1),
+            "interrupted": not finished,
+            "outputs": sorted(path.name for path in out.iterdir()),
+        }
+        with staged(out / "run.json", overwrite=True) as unfinished:
+            unfinished.write_text(json.dumps(record, indent=2) + "\n")
+    if not finished:
+        kept = any((out / name).exists() for name in RUN)
+        _say(console, f"Interrupted{': --resume continues from the last checkpoint' if kept else ''}")
         return 130
     prior = out / "prior.safetensors"
-    console.print(f"Prior: {prior}\nUse it with --prior {prior}", markup=False, highlight=False, soft_wrap=True)
+    _say(console, f"Prior: {prior}\nCard: {out / 'card.md'}\nUse it with --prior {prior}")
     return 0
 
 
-def _note(console: Console, line: str) -> None:
-    if console.is_terminal:
-        console.print(line, end="\r", markup=False)
+def _check_folders(config: Config, data: Path, out: Path, cache: Path, overwrite: bool, resume: bool) -> None:
+    """Refuse, before the scans are read and before anything is written, what would spoil an earlier run or the data."""
+    from medfusion.io.output import check_output
+    from medfusion.training import read_run
+
+    check_output(out, data)
+    check_output(cache, data)
+    if resume and overwrite:
+        raise MedfusionError("--overwrite and --resume exclude each other", fix="choose one of them")
+    if resume:
+        read_run(out, config)
+    elif not overwrite and any((out / name).exists() for name in RUN):
+        raise MedfusionError(f"{out}: holds a run already", fix="--resume to continue it, --overwrite to begin anew")
+
+
+def _train(console: Console, cases: list[Case], config: Config, out: Path, **options: Any) -> bool:
+    """Whether the training came to its end; Ctrl-C and SIGTERM stop it before."""
+    from medfusion.training import train
+
+    try:
+        steps = config.training.steps + (config.autoencoder.steps if config.autoencoder else 0)
+        with _bar(console, steps) as advance:
+            train(cases, config, out, say=lambda line: _say(console, line), progress=advance, **options)
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def _say(console: Console, line: str) -> None:
+    """As it is: names and paths are to be copied."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _show(console: Console, audit: Audit) -> None:
+    """The table of the audit, and below it what looks wrong."""
+    from rich.box import SIMPLE
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(box=SIMPLE, show_header=False, pad_edge=False)
+    for name, value in audit.properties.items():
+        table.add_row(name, escape(value))
+    console.print(table)
+    rules: dict[str, list[str]] = {}
+    for remark in audit.remarks:
+        rules.setdefault(remark.rule, []).append(f"{remark.scan} ({remark.found})")
+    for rule, found in rules.items():
+        more = f" and {len(found) - LISTED} more, see audit.csv" if len(found) > LISTED else ""
+        _say(console, f"Warning  {rule}: {', '.join(found[:LISTED])}{more}")
 
 
 @contextmanager
-def _bar(console: Console, steps: int) -> Iterator[Callable[[int, float], None]]:
+def _preparing(console: Console) -> Iterator[Callable[[int, int, str], None]]:
+    """The scan that was last put into the cache on a terminal, a line now and then elsewhere."""
+    with console.status("reading scans") as status:
+
+        def note(done: int, total: int, name: str) -> None:
+            line = f"{done}/{total} scans prepared"
+            if console.is_terminal:
+                status.update(f"{line}: {name}")
+            elif done % PLAIN_EVERY == 0:
+                _say(console, line)
+
+        yield note
+
+
+@contextmanager
+def _bar(console: Console, steps: int) -> Iterator[Callable[[State], None]]:
     """A progress bar with the smoothed loss on a terminal, a line now and then elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     average = 0.0
 
-    def smooth(step: int, loss: float) -> float:
+    def smooth(state: State) -> str:
         nonlocal average
-        weight = max(0.02, 1 / step)
-        average += weight * (loss - average) if average else loss
-        return average
+        weight = max(0.02, 1 / state.step)
+        average += weight * (state.loss - average) if average else state.loss
+        waits = f"  waiting for data {state.waiting:.0%}" if state.waiting >= 0.01 else ""
+        return f"loss {average:.4f}  {state.images_per_second:.3g} images/s{waits}"
 
     if not console.is_terminal:
 
-        def line(step: int, loss: float) -> None:
-            mean = smooth(step, loss)
-            if step % PLAIN_EVERY == 0 or step == steps:
-                sys.stderr.write(f"step {step}/{steps}  loss {mean:.4f}\n")
+        def line(state: State) -> None:
+            text = smooth(state)
+            if state.step % PLAIN_EVERY == 0 or state.step == steps:
+                _say(console, f"step {state.step}/{steps}  {text}")
 
         yield line
         return
@@ -99,7 +180,7 @@ def _bar(console: Console, steps: int) -> Iterator[Callable[[int, float], None]]
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("training", total=steps)
 
-        def advance(step: int, loss: float) -> None:
-            progress.update(task, completed=step, description=f"loss {smooth(step, loss):.4f}")
+        def advance(state: State) -> None:
+            progress.update(task, completed=state.step, description=smooth(state))
 
         yield advance

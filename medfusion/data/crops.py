@@ -1,6 +1,7 @@
-"""Training crops: preprocessed scans in memory, and the batch of step k as a function of (seed, k) alone.
+"""Training crops: preprocessed scans, and crop number n as a function of (seed, n) alone.
 
-A batch that depends on nothing but the seed and the step makes resuming exact without storing any random state.
+A crop that depends on nothing but the seed and its number makes resuming exact without storing any random state, and
+gives several devices, workers or parts of a batch the same crops as one.
 """
 
 from __future__ import annotations
@@ -17,43 +18,73 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medfusion.config import DataConfig, PreprocessingConfig
-from medfusion.data.grid import canonical, resampled
+from medfusion.data.contrast import paint, random_curve, remap
+from medfusion.data.grid import canonical, nearest, resampled
 from medfusion.data.intensity import SEEN, centre_of, foreground, measure_scale
 from medfusion.volume import Volume
 
 WHOLE_HEAD, STRIPPED = 1.0, -1.0
+UNKNOWN = -1  # of labels and classes
 POSITION_SCALE = 0.01  # position channels are in decimetres from the foreground's centroid
 POSITION_JITTER = 5.0  # mm: the centroid of a scan with another field of view lies elsewhere
-POSITION_UNKNOWN, KIND_UNKNOWN = 0.3, 0.5  # shares of the crops for which the network is not told
+KIND_UNKNOWN = 0.5  # share of the crops for which the network is not told whether they are skull-stripped
 GAIN, GAMMA = 0.08, 0.1  # standard deviations of the log of brightness and contrast changes: other scanners
-ZOOMED = 0.25  # share, of the crops without position, that show finer voxels (down to half the prior's spacing)
 AIR = -0.9  # a crop whose mean is below this is all but air
 
 
 @dataclass(frozen=True)
 class Case:
-    """One scan as the prior sees it: (d, h, w) half precision, RAS axes, scaled; plus what its context is made of."""
+    """One scan as the prior sees it: (d, h, w) half precision, RAS axes, scaled; plus what its context is made of.
+
+    ``labels`` are its label map on the same grid (uint8 or int16), ``class_index`` its class or UNKNOWN.
+    """
 
     name: str
     image: Tensor
     centre: NDArray[np.float64]
     spacing: float
     kind: float
+    labels: Tensor | None = None
+    class_index: int = UNKNOWN
 
 
-class Batch(NamedTuple):
-    """images (b, 1, d, h, w) and context (b, 4, d/2, h/2, w/2), float32."""
+class Crop(NamedTuple):
+    """One crop, or a batch of them with an axis in front.
 
-    images: Tensor
+    image (1, d, h, w) float32; context (4, d/2, h/2, w/2); labels (d, h, w), UNKNOWN where withheld, or None where
+    the cases have none; class_index (), int64.
+    """
+
+    image: Tensor
     context: Tensor
+    labels: Tensor | None
+    class_index: Tensor
 
 
-def prepare(volume: Volume, config: PreprocessingConfig, kind: float = WHOLE_HEAD) -> Case:
-    """Reorient, resample and scale one scan, as every task does before it asks the prior."""
-    volume = resampled(canonical(volume), config.spacing)
+def stack(crops: Sequence[Crop]) -> Crop:
+    """A batch."""
+    images, contexts, labels, classes = zip(*crops, strict=True)
+    maps = None if labels[0] is None else torch.stack(labels)
+    return Crop(torch.stack(images), torch.stack(contexts), maps, torch.stack(classes))
+
+
+def prepare(
+    volume: Volume,
+    config: PreprocessingConfig,
+    kind: float = WHOLE_HEAD,
+    labels: Volume | None = None,
+    class_index: int = UNKNOWN,
+) -> Case:
+    """Reorient, resample and scale one scan, as every task does before it asks the prior; its label map likewise."""
+    upright = canonical(volume)
+    volume = resampled(upright, config.spacing)
     scale = measure_scale(volume.array, config.percentile, volume.name)
     image = torch.from_numpy(scale.apply(volume.array)).clamp(*SEEN).half()
-    return Case(volume.name, image, centre_of(foreground(volume.array)), config.spacing, kind)
+    regions = None
+    if labels is not None:
+        regions = torch.from_numpy(nearest(canonical(labels), volume))
+    centre = centre_of(foreground(volume.array))
+    return Case(volume.name, image, centre, config.spacing, kind, regions, class_index)
 
 
 def stripped(volume: Volume, mask: NDArray[np.bool_]) -> Volume:
@@ -97,47 +128,93 @@ def mean_atlas(cases: Sequence[Case], shape: Sequence[int], reach: float) -> Ten
                 for c, n in zip(case.centre, case.image.shape, strict=True)
             ]
             grid = torch.stack(torch.meshgrid(*axes, indexing="ij")[::-1], dim=-1)
-            image = case.image.float()[None, None]
+            # what is not finite would enter every crop; the losses of the scan itself shall tell
+            image = torch.nan_to_num(case.image.float(), -1.0, -1.0, -1.0)[None, None]
             total += F.grid_sample(image, grid[None], padding_mode="border", align_corners=True)[0, 0]
         if chosen:
             atlas[0, channel] = total / len(chosen)
     return atlas
 
 
-def draw_batch(cases: Sequence[Case], config: DataConfig, size: int, *, seed: int, step: int) -> Batch:
-    """``size`` random crops for training step ``step``."""
-    rng = np.random.default_rng((seed, step))
-    kinds = {kind: [c for c in cases if c.kind == kind] for kind in (WHOLE_HEAD, STRIPPED)}
-    crops = []
-    for _ in range(size):
-        kind = STRIPPED if kinds[STRIPPED] and rng.random() < config.stripped_share else WHOLE_HEAD
-        pool = kinds[kind] or cases
-        crops.append(_draw_crop(pool[int(rng.integers(len(pool)))], config.crop, rng))
-    images, contexts = zip(*crops, strict=True)
-    return Batch(torch.stack(images), torch.stack(contexts))
+class Crops:
+    """The endless training set of a list of cases: ``crops.draw(n)`` is crop number n."""
+
+    def __init__(self, cases: Sequence[Case], config: DataConfig, seed: int) -> None:
+        if len({case.labels is None for case in cases}) > 1:
+            raise ValueError("some cases have a label map and some have none")
+        self.config, self.seed = config, seed
+        kinds = {kind: [c for c in cases if c.kind == kind] for kind in (WHOLE_HEAD, STRIPPED)}
+        self.whole, self.stripped = kinds[WHOLE_HEAD] or list(cases), kinds[STRIPPED]
+
+    def generator(self, number: int) -> np.random.Generator:
+        """All that is random about crop ``number``, its noise included (``medfusion.training.batches``)."""
+        return np.random.default_rng((self.seed, number))
+
+    def case(self, rng: np.random.Generator) -> Case:
+        """The scan from which the generator's next draws cut a crop."""
+        pool = self.stripped if self.stripped and rng.random() < self.config.stripped_share else self.whole
+        return pool[int(rng.integers(len(pool)))]
+
+    def draw(self, number: int, *, located: bool) -> tuple[Crop, np.random.Generator]:
+        """Crop ``number`` and its generator, to draw the noise from; the crop lies where the cases' images are.
+
+        ``located`` : whether the network can be told positions.
+        """
+        rng = self.generator(number)
+        return _draw_crop(self.case(rng), self.config, rng, located), rng
 
 
-def _draw_crop(case: Case, edge: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    located = rng.random() >= POSITION_UNKNOWN
-    size = edge if located or rng.random() >= ZOOMED else int(rng.integers(edge // 2, edge))
+def _draw_crop(case: Case, config: DataConfig, rng: np.random.Generator, located: bool) -> Crop:
+    edge = config.crop
+    located = bool(located and rng.random() < config.located_share)
+    zoomed = not located and rng.random() < config.zoomed_share
+    size = int(rng.integers(edge // 2, edge)) if zoomed else edge
     image = _at_least(case.image, size)
-    for _ in range(10):
-        corner = [int(rng.integers(n - size + 1)) for n in image.shape]
-        crop = image[tuple(slice(c, c + size) for c in corner)].float()
-        if crop.mean() > AIR:
-            break
-    if size != edge:
+    corner, place = _place(image, size, rng)
+    crop = image[place].float()
+    labels = None if case.labels is None else _at_least(case.labels, size)[place]
+    crop = _other_contrast(crop, labels, config, rng)
+    if zoomed:
         crop = F.interpolate(crop[None, None], size=(edge,) * 3, mode="trilinear", align_corners=False)[0, 0]
+        if labels is not None:
+            labels = F.interpolate(labels[None, None].float(), size=(edge,) * 3, mode="nearest-exact")[0, 0].long()
     centre = case.centre + rng.normal(0, POSITION_JITTER / case.spacing, 3) if located else None
     kind = 0.0 if rng.random() < KIND_UNKNOWN else case.kind
-    context = context_channels((edge,) * 3, corner, centre, case.spacing, kind)
-    if rng.random() < 0.5:  # left and right: axis 0 of RAS; the x channel changes its sign
-        crop, context = crop.flip(0), context.flip(1)
-        context[0] = -context[0]
-    return _recontrast(crop, rng)[None], context
+    context = context_channels((edge,) * 3, corner, centre, case.spacing, kind).to(image.device)
+    class_index = torch.tensor(case.class_index, device=image.device)
+    if rng.random() < config.withheld_share:
+        labels = None if labels is None else torch.full_like(labels, UNKNOWN, dtype=torch.long)
+        class_index = torch.full_like(class_index, UNKNOWN)
+    crop, context, labels = _flip(crop, context, labels, config.flips, rng)
+    return Crop(crop[None], context, None if labels is None else labels.long(), class_index)
 
 
-def _recontrast(crop: Tensor, rng: np.random.Generator) -> Tensor:
+def _place(image: Tensor, size: int, rng: np.random.Generator) -> tuple[list[int], tuple[slice, ...]]:
+    """A random cube of ``size`` voxels in ``image``, not all of it air if ten tries find such a one."""
+    for _ in range(10):
+        corner = [int(rng.integers(n - size + 1)) for n in image.shape]
+        place = tuple(slice(c, c + size) for c in corner)
+        if image[place].mean(dtype=torch.float32) > AIR:
+            break
+    return corner, place
+
+
+def _flip(
+    crop: Tensor, context: Tensor, labels: Tensor | None, flips: str, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Mirror along random axes of those allowed; the position channel of a mirrored axis changes its sign."""
+    axes = [axis for axis, name in enumerate("xyz") if name in flips and rng.random() < 0.5]  # of RAS
+    crop, context = crop.flip(axes), context.flip([axis + 1 for axis in axes])
+    context[axes] *= -1
+    return crop, context, None if labels is None else labels.flip(axes)
+
+
+def _other_contrast(crop: Tensor, labels: Tensor | None, config: DataConfig, rng: np.random.Generator) -> Tensor:
+    chosen = rng.random()
+    if labels is not None and chosen < config.painted_share:
+        return paint(crop, labels, rng)
+    if chosen < config.painted_share + config.remapped_share:
+        return remap(crop, random_curve(rng))
     gain, gamma = np.exp(rng.normal(0, (GAIN, GAMMA)))
     brightness = (crop + 1) / 2
     return 2 * gain * brightness.sign() * brightness.abs() ** gamma - 1
@@ -152,17 +229,17 @@ def _at_least(image: Tensor, size: int) -> Tensor:
     return F.pad(image[None, None].float(), pad, mode="replicate")[0, 0].to(image.dtype)
 
 
-def validation_batches(cases: Sequence[Case], config: DataConfig, seed: int) -> list[Batch]:
-    """One fixed crop of each held-out case, without changes of contrast, flips or gaps in the context."""
-    batches = []
+def validation_crops(cases: Sequence[Case], config: DataConfig, seed: int) -> list[Crop]:
+    """One fixed crop of each held-out case, as a batch of one: as it is, and with all that is known about it."""
+    crops = []
     for index, case in enumerate(cases):
         rng = np.random.default_rng((seed, index))
         image = _at_least(case.image, config.crop)
-        corner = [int(rng.integers(n - config.crop + 1)) for n in image.shape]
-        crop = image[tuple(slice(c, c + config.crop) for c in corner)].float()
+        corner, place = _place(image, config.crop, rng)
         context = context_channels((config.crop,) * 3, corner, case.centre, case.spacing, case.kind)
-        batches.append(Batch(crop[None, None], context[None]))
-    return batches
+        labels = None if case.labels is None else _at_least(case.labels, config.crop)[place].long()
+        crops.append(stack([Crop(image[place].float()[None], context, labels, torch.tensor(case.class_index))]))
+    return crops
 
 
 def split(cases: Sequence[Case], held_out: int, seed: int) -> tuple[list[Case], list[Case]]:

@@ -60,3 +60,11 @@ def onto_grid(volume: Volume, target: Volume) -> NDArray[np.float32]:
         order=1,
         mode="nearest",
     )
+
+
+def nearest(labels: Volume, target: Volume) -> NDArray[Any]:
+    """The values of a label map at the voxel centres of ``target``, the nearest one; 0 outside its field of view."""
+    matrix = np.linalg.inv(labels.affine) @ target.affine
+    return ndimage.affine_transform(
+        labels.array, matrix[:3, :3], matrix[:3, 3], output_shape=target.shape, order=0, mode="constant"
+    )

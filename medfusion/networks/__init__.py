@@ -1,5 +1,6 @@
 """Networks."""
 
-from medfusion.networks.residual_unet import ResidualUNet
+from medfusion.networks.autoencoder import Autoencoder, on_latents
+from medfusion.networks.residual_unet import ResidualUNet, adopt
 
-__all__ = ["ResidualUNet"]
+__all__ = ["Autoencoder", "ResidualUNet", "adopt", "on_latents"]

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 CONTEXT = 4  # channels that say where in the head a voxel lies (x, y, z) and what kind of image this is
 ATLAS = (1, 2, 64, 64, 64)  # mean whole and mean skull-stripped image around the foreground's centroid
@@ -21,10 +23,10 @@ EMBEDDING = 64
 
 
 def fold(x: Tensor) -> Tensor:
-    """(b, 1, d, h, w) to (b, 8, d/2, h/2, w/2)."""
-    b, _, d, h, w = x.shape
-    x = x.reshape(b, d // 2, 2, h // 2, 2, w // 2, 2)
-    return x.permute(0, 2, 4, 6, 1, 3, 5).reshape(b, 8, d // 2, h // 2, w // 2)
+    """(b, c, d, h, w) to (b, 8 c, d/2, h/2, w/2)."""
+    b, c, d, h, w = x.shape
+    x = x.reshape(b, c, d // 2, 2, h // 2, 2, w // 2, 2)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).reshape(b, 8 * c, d // 2, h // 2, w // 2)
 
 
 def unfold(x: Tensor) -> Tensor:
@@ -59,7 +61,11 @@ class ResidualUNet(nn.Module):
     ----------
     channels : of each resolution level, the first at half the input's resolution.
     blocks : residual blocks of each level, on the way down and again on the way up.
-    outputs : images in the answer: 2 with learned variance.
+    outputs : answers for each image: 2 with learned variance.
+    images : channels of the input: 1, or those of latents.
+    located : whether it is shown the context: where in the head a voxel lies and what kind of image this is.
+    labels : how many values the label map has that it is shown; 0: it is shown none.
+    classes : how many classes it can be told; 0: it is told none.
 
     The buffer ``atlas`` is read at the position channels and shown to the network beside them: coordinates alone are
     learnt too slowly (after 900 steps a sample still had no outline of a head).
@@ -67,15 +73,29 @@ class ResidualUNet(nn.Module):
 
     atlas: Tensor
 
-    def __init__(self, channels: Sequence[int], blocks: Sequence[int], outputs: int = 1) -> None:
+    def __init__(
+        self,
+        channels: Sequence[int],
+        blocks: Sequence[int],
+        outputs: int = 1,
+        *,
+        images: int = 1,
+        located: bool = True,
+        labels: int = 0,
+        classes: int = 0,
+    ) -> None:
         super().__init__()
         pairs = list(pairwise(channels))
         self.multiple = 2 ** len(channels)  # every edge of the input is a multiple of this
+        self.images, self.located, self.labels = images, located, labels
+        self.recompute = False  # activations in the backward pass (gradient checkpointing)
         self.embed = nn.Sequential(
             nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU()
         )
-        self.register_buffer("atlas", torch.zeros(ATLAS))
-        self.head = nn.Conv3d(8 + CONTEXT + ATLAS[1], channels[0], 3, padding=1)
+        self.classes = nn.Embedding(classes + 1, EMBEDDING, padding_idx=0) if classes else None  # 0: not told
+        if located:
+            self.register_buffer("atlas", torch.zeros(ATLAS))
+        self.head = nn.Conv3d(sum(self.inputs().values()), channels[0], 3, padding=1)
         self.down = nn.ModuleList(
             nn.ModuleList(Residual(c) for _ in range(n)) for c, n in zip(channels, blocks, strict=True)
         )
@@ -84,29 +104,59 @@ class ResidualUNet(nn.Module):
         self.up = nn.ModuleList(
             nn.ModuleList(Residual(c) for _ in range(n)) for c, n in zip(channels[:-1], blocks[:-1], strict=True)
         )
-        self.tail = nn.Conv3d(channels[0], 8 * outputs, 3, padding=1)
+        self.tail = nn.Conv3d(channels[0], 8 * images * outputs, 3, padding=1)
         nn.init.zeros_(self.tail.weight)
 
-    def forward(self, x: Tensor, log_noise_ratio: Tensor, context: Tensor | None = None) -> Tensor:
-        """x (b, 1, d, h, w), log noise ratio (b,), context (b, CONTEXT, d/2, h/2, w/2); zeros mean unknown."""
-        z = fold(x)
-        if context is None:
-            context = z.new_zeros(len(z), CONTEXT, *z.shape[2:])
+    def inputs(self) -> dict[str, int]:
+        """What the first convolution is shown, in this order, and in how many channels."""
+        return {"image": 8 * self.images, "context": (CONTEXT + ATLAS[1]) * self.located, "labels": 8 * self.labels}
+
+    def forward(
+        self,
+        x: Tensor,
+        log_noise_ratio: Tensor,
+        context: Tensor | None = None,
+        labels: Tensor | None = None,
+        classes: Tensor | None = None,
+    ) -> Tensor:
+        """The answer, (b, outputs * images, d, h, w), to x (b, images, d, h, w) at log_noise_ratio (b,).
+
+        Zeros in ``context`` (b, CONTEXT, d/2, h/2, w/2) and -1 in ``labels`` (b, d, h, w) and ``classes`` (b,), both
+        integers, mean unknown, and so does None.
+        """
         level = self.embed(fourier(log_noise_ratio))
-        z = torch.cat([z, context.to(z), self.expected(context).to(z)], dim=1)
-        z = self.head(z.contiguous(memory_format=torch.channels_last_3d))
+        if self.classes is not None and classes is not None:
+            level = level + self.classes(classes + 1)
+        z = self.head(self._shown(fold(x), context, labels).contiguous(memory_format=torch.channels_last_3d))
         skips = []
         for k, stage in enumerate(self.down):
             for block in stage.children():
-                z = block(z, level)
+                z = self._pass(block, z, level)
             if k < len(self.shrink):
                 skips.append(z)
                 z = self.shrink[k](z)
         for k in reversed(range(len(self.grow))):
             z = self.grow[k](z) + skips[k]
             for block in self.up[k].children():
-                z = block(z, level)
+                z = self._pass(block, z, level)
         return unfold(self.tail(z))
+
+    def _pass(self, block: nn.Module, z: Tensor, level: Tensor) -> Tensor:
+        again = self.recompute and torch.is_grad_enabled()
+        return partial(checkpoint, block, use_reentrant=False)(z, level) if again else block(z, level)
+
+    def _shown(self, z: Tensor, context: Tensor | None, labels: Tensor | None) -> Tensor:
+        """The folded image and, in channels behind it, what is known beside it."""
+        shown, (b, _, *grid) = [z], z.shape
+        if self.located:
+            context = z.new_zeros(b, CONTEXT, *grid) if context is None else context
+            shown += [context.to(z), self.expected(context).to(z)]
+        if self.labels and labels is None:
+            shown.append(z.new_zeros(b, 8 * self.labels, *grid))
+        elif self.labels and labels is not None:
+            values = torch.arange(self.labels, device=labels.device).view(1, -1, 1, 1, 1)
+            shown.append(fold((labels[:, None] == values).to(z)))
+        return torch.cat(shown, dim=1)
 
     def expected(self, context: Tensor) -> Tensor:
         """The atlas at the positions of ``context``, (b, 2, d, h, w); zeros where a sample's position is unknown."""
@@ -124,3 +174,35 @@ def fourier(log_noise_ratio: Tensor) -> Tensor:
     wavelength = 2.0 ** torch.linspace(-1, 6, EMBEDDING // 2, device=log_noise_ratio.device)
     phase = 2 * math.pi * log_noise_ratio.float()[:, None] / wavelength
     return torch.cat([phase.sin(), phase.cos()], dim=1)
+
+
+def adopt(network: ResidualUNet, other: ResidualUNet) -> None:
+    """Begin with the weights of ``other``, which has the same channels and blocks.
+
+    Inputs that only ``network`` has start with weights of zero and those that only ``other`` has are left out, as if
+    they had been withheld, and classes likewise unless both have as many; so the two give the same answers where
+    nothing but the image is known.
+
+    Raises
+    ------
+    ValueError : the two differ in their layers.
+    """
+
+    def layers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: w for name, w in state.items() if not name.startswith(("head.weight", "atlas", "classes"))}
+
+    weights, own = other.state_dict(), network.state_dict()
+    if {n: w.shape for n, w in layers(weights).items()} != {n: w.shape for n, w in layers(own).items()}:
+        raise ValueError("the networks differ in channels, blocks or outputs")
+    head = torch.zeros_like(own["head.weight"])
+    theirs, begin, end = other.inputs(), 0, 0
+    for name, size in network.inputs().items():
+        shared = min(size, theirs[name])
+        head[:, begin : begin + shared] = weights["head.weight"][:, end : end + shared]
+        begin, end = begin + size, end + theirs[name]
+    taken = layers(weights) | {"head.weight": head}
+    if network.classes is not None:
+        embedded = weights.get("classes.weight", torch.empty(0))
+        known = embedded.shape == network.classes.weight.shape
+        taken["classes.weight"] = embedded if known else torch.zeros_like(network.classes.weight)
+    network.load_state_dict(taken, strict=False)

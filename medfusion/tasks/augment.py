@@ -67,10 +67,12 @@ def generate_volume(
     centre = centre_of(foreground(image))
     context = context_channels(image.shape, (0, 0, 0), centre, prior.config.preprocessing.spacing, kind)[None]
     x0 = torch.from_numpy(image)[None, None].to(prior.device)
+    x0 = prior.encode(x0)
     x = noise_like(x0, [generator])
     times = time_steps(prior.process, steps, start=strength)
     x = prior.process.add_noise(x0 if strength < 1 else torch.zeros_like(x0), x, strength)
     x = ddpm(prior.denoiser(context), x, times, generators=[generator])
+    x = prior.decode(x, image.shape)
     return Volume(scale.invert(x[0, 0].cpu().numpy()), grid.affine, name, parent.modality)
 
 

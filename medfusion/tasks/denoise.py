@@ -55,6 +55,11 @@ def denoise_volume(volume: Volume, prior: Prior, *, sigma: float | None = None, 
     MedfusionError : the scan is of another modality than the prior, constant, too small, or noisier than the process.
     """
     check_scan(volume, prior)
+    if prior.autoencoder is not None:
+        raise MedfusionError(
+            f"{prior.name}: a latent prior does not denoise: its noise is that of latents, not that of a scan",
+            fix="use a prior without autoencoder: `medfusion priors` lists those shipped",
+        )
     upright = canonical(volume)
     scale = measure_scale(upright.array, prior.config.preprocessing.percentile, volume.name)
     sigma = estimate_noise(upright.array) if sigma is None else sigma

@@ -124,13 +124,13 @@ def reconstruct(
     spacing = prior.config.preprocessing.spacing
     context = context_channels(image.shape, (0, 0, 0), centre, spacing, kind=0.0)[None]
     denoise = prior.denoiser(context)
-    x0 = torch.from_numpy(image)[None, None].to(prior.device)
+    x0 = prior.encode(torch.from_numpy(image)[None, None].to(prior.device))
     times = time_steps(prior.process, steps, start=noise_time)
     rebuilt = []
     for sample in range(samples):
         noise = noise_like(x0, [case_generator(seed, name, sample)])
         x = prior.process.add_noise(x0, noise, noise_time)
-        rebuilt.append(ddim(denoise, x, times)[0, 0].cpu().numpy())
+        rebuilt.append(prior.decode(ddim(denoise, x, times), image.shape)[0, 0].cpu().numpy())
     return np.stack(rebuilt)
 
 

@@ -1,38 +1,45 @@
-"""The training loop: cases in, one Prior out; checkpoints, exact resume, metrics.jsonl.
+"""The training loop: cases in, one Prior out; on one device or many, resumed exactly, visible while it runs.
 
     medfusion train configs/brain_t1.yaml --data DIR --out RUN [--resume]
+    accelerate launch --num_processes 4 -m medfusion train configs/brain_t1.yaml --data DIR --out RUN
 
-Batch, times and noise of step k are functions of (seed, k), so a resumed run repeats what an unbroken one would do.
+Crops, times and noise of step k are functions of (seed, k), so a resumed run repeats what an unbroken one would do, and
+several processes, workers or parts of a batch see together what one would see.
 """
 
 from __future__ import annotations
 
-import io
-import json
 import math
-import pickle
-import time
+import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import ValidationError
-from torch import Tensor
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+from torch import nn
 
 from medfusion.config import Config
-from medfusion.data.crops import Batch, Case, draw_batch, mean_atlas, split, validation_batches
-from medfusion.diffusion import hybrid_loss, regression_loss
+from medfusion.data.crops import Case, split, validation_crops
 from medfusion.errors import MedfusionError
 from medfusion.io import staged
-from medfusion.networks import ResidualUNet
-from medfusion.networks.residual_unet import ATLAS, ATLAS_REACH
-from medfusion.prior import Prior, build_denoiser, build_network, fast_bfloat16
+from medfusion.prior import Prior, fast_bfloat16
+from medfusion.training import checkpoint
+from medfusion.training.batches import Order, Samples, default_workers, end_workers, loader
+from medfusion.training.card import model_card
+from medfusion.training.memory import advice, on_device, out_of_memory, require_memory
+from medfusion.training.meter import Meter, State
+from medfusion.training.optimizer import build_optimizers
+from medfusion.training.signals import signals_held
+from medfusion.training.stages import Diffusion, Stage, autoencoding
 
-VALIDATION_TIMES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)
-WEIGHT_DECAY = 1e-5
 CLIP_NORM = 1.0
+LOG_EVERY = 10  # steps; a GPU is asked for its losses no more often, because it would have to wait for the answer
 
 
 def train(
@@ -42,93 +49,322 @@ def train(
     *,
     data: str = "",
     resume: bool = False,
-    device: str = "cpu",
-    progress: Callable[[int, float], None] = lambda step, loss: None,
+    device: str | None = None,
+    workers: int | None = None,
+    say: Callable[[str], None] = lambda line: None,
+    progress: Callable[[State], None] = lambda state: None,
 ) -> Prior:
-    """Train a prior; write ``prior.safetensors``, ``metrics.jsonl`` and ``checkpoint.pt`` to the folder ``out``.
+    """Train a prior; ``out`` receives it with its card, ``metrics.jsonl``, ``checkpoint.pt`` and pictures.
+
+    Ctrl-C and SIGTERM are answered after the step: a checkpoint is saved and KeyboardInterrupt raised.
 
     Parameters
     ----------
     data : one line about the scans for the provenance.
-    progress : called after every step with its number and its loss.
+    device : as ``torch.device`` takes it; default: what accelerate finds, or was told by its launcher.
+    workers : processes that draw crops ahead of the network; default: as many as help.
+    say : told in one line what the run makes of the machine.
+    progress : called after every step.
 
     Raises
     ------
-    MedfusionError : too few cases, a loss that is not finite, or nothing to resume from.
+    MedfusionError : too few cases, a batch that cannot be shared out, too little memory, a loss that is not finite, or
+        nothing to resume from, or other scans than those that it began with.
     """
-    place = torch.device(device)
-    training, validation = split(cases, config.data.validation, config.training.seed)
-    if not training:
-        raise MedfusionError(f"{len(cases)} scan(s) and {config.data.validation} held out leave none to train on")
-    torch.manual_seed(config.training.seed)
-    network = build_network(config)
-    network.atlas.copy_(mean_atlas(training, ATLAS, ATLAS_REACH))
-    network = network.to(place, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    ema = build_network(config).to(place)
-    ema.load_state_dict(network.state_dict())
-    optimizer = torch.optim.AdamW(
-        network.parameters(), config.training.learning_rate, betas=(0.9, 0.99), weight_decay=WEIGHT_DECAY, fused=True
-    )
-    held_out = validation_batches(validation, config.data, config.training.seed)
-    checkpoint = out / "checkpoint.pt"
-    start = _restore(read_checkpoint(out, config), network, ema, optimizer) if resume else _clear(out)
-    began = time.monotonic()
-    for step in range(start, config.training.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = config.training.learning_rate * _warmup_then_cosine(step, config)
-        loss = _loss_of_step(network, config, training, step, place)
-        if not torch.isfinite(loss):
+    accelerator, autoencoder, before = _accelerator(device), None, 0
+    begun, resumed = read_run(out, config) if resume else (None, None)
+    if config.autoencoder is not None:
+        stage = autoencoding(config)
+        if accelerator.is_main_process and not resume:
+            checkpoint.begin(out)  # of the second stage; a resumed run would take an earlier run's for its own
+        first = _Run(stage, cases, out / stage.folder, accelerator, workers, begun)
+        first.follow(say, progress)
+        autoencoder, before = stage.scaled(first.ema, first.samples), stage.config.training.steps
+    run = _Run(Diffusion(config, autoencoder), cases, out, accelerator, workers, resumed)
+    run.follow(say, lambda state: progress(state._replace(step=before + state.step)))
+    return run.finish(data)
+
+
+def read_run(out: Path, config: Config) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """The checkpoints of the autoencoder and of the diffusion from which a run in the folder ``out`` is resumed.
+
+    Raises
+    ------
+    MedfusionError : there is none, one is damaged, or one was made with another config.
+    """
+    if config.autoencoder is None:
+        return None, checkpoint.read_checkpoint(out, config)
+    stage = autoencoding(config)
+    first = checkpoint.read_checkpoint(out / stage.folder, stage.config)
+    return first, checkpoint.read_checkpoint(out, config) if (out / checkpoint.CHECKPOINT).is_file() else None
+
+
+class _Run:
+    """The training of one network. The methods stand in the order in which they are called."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        cases: Sequence[Case],
+        out: Path,
+        accelerator: Accelerator,
+        workers: int | None,
+        state: dict[str, Any] | None,
+    ) -> None:
+        self.stage, self.config, self.out = stage, stage.config, out
+        self.accelerator, self.device = accelerator, accelerator.device
+        config = stage.config
+        training, self.validation = split(cases, config.data.validation, config.training.seed)
+        if not training:
+            raise MedfusionError(f"{len(cases)} scan(s) and {config.data.validation} held out leave none to train on")
+        self.scans = [case.name for case in training]
+        self.held_out = validation_crops(self.validation, config.data, config.training.seed)
+        self.network, self.ema = _networks(stage, training, self.device)
+        self.need = require_memory(stage, accelerator.num_processes, self.device)
+        self.optimizers = build_optimizers(self.network, config.training)
+        self.start = self._restore(state) if state else 0
+        meant = {name: state[name] for name in ("seconds", "losses")} if state else {}
+        self.meter = Meter(config.training.batch, **meant)
+        if config.training.compile:
+            self.network.compile()
+        self.model: nn.Module = accelerator.prepare_model(self.network)  # averages gradients over processes
+        training, resident = on_device(training, self.device, self.need)
+        self.samples = Samples(training, config)
+        workers = default_workers(self.device, resident) if workers is None else workers
+        self.plan = _plan(accelerator, resident, workers, self.need)
+        self.validated: dict[str, float] = {}  # the last validation
+        self.board = None
+        if accelerator.is_main_process:
+            checkpoint.forget_after(out, self.start) if state else checkpoint.begin(out)
+            self.board = _tensorboard(out, self.start)
+        accelerator.wait_for_everyone()
+        order = Order(config, self.start, accelerator.process_index, accelerator.num_processes)
+        self.parts = iter(loader(self.samples, order, workers))
+
+    def follow(self, say: Callable[[str], None], progress: Callable[[State], None]) -> None:
+        """Train to the last step, or until asked to stop."""
+        say(self.plan)
+        try:
+            with signals_held() as asked_to_stop:
+                for step in range(self.start, self.config.training.steps):
+                    self.update(step)
+                    self.record(step + 1)
+                    progress(self.meter.progress(step + 1))
+                    if self.agreed(asked_to_stop(), step + 1):
+                        self.save(step + 1)
+                        raise KeyboardInterrupt
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error):
+                raise
+            raise advice(self.stage, self.accelerator.num_processes, self.device, self.need) from error
+        finally:
+            end_workers(self.parts)
+
+    def _restore(self, state: dict[str, Any]) -> int:
+        if state["scans"] != self.scans:
+            other = sorted(set(state["scans"]) ^ set(self.scans))
             raise MedfusionError(
-                f"the loss of step {step} is not finite",
-                last_good=f"{checkpoint}" if checkpoint.exists() else "no checkpoint yet",
-                fix="begin anew with a lower training.learning_rate",
+                f"{self.out}: was begun with other scans",
+                gone_or_new=", ".join(other) or "none, but their order differs",
+                fix="resume with the same scans, or choose a new --out",
             )
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), CLIP_NORM)
-        optimizer.step()
-        _update_ema(ema, network, step, config)
-        progress(step + 1, loss.item())
-        if (step + 1) % config.training.checkpoint_every == 0 or step + 1 == config.training.steps:
-            by_time = _validate(ema, config, held_out, place)
-            _save_checkpoint(checkpoint, network, ema, optimizer, config, step + 1)
-            _log(out, step + 1, loss.item(), by_time, time.monotonic() - began)
-    prior = Prior(
-        config, ema.eval().requires_grad_(False), _provenance(training, validation, config, data, held_out, ema)
+        self.network.load_state_dict(state["network"])
+        self.ema.load_state_dict(state["ema"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        return int(state["step"])
+
+    def update(self, step: int) -> None:
+        """Step ``step``: forward and backward for each part of the batch, then the weights and their average."""
+        rate = _warmup_then_cosine(step, self.config)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate
+        parts = self.config.training.accumulate
+        total = torch.zeros((), device=self.device)
+        for part in range(parts):
+            with self.meter.waiting():
+                shown = next(self.parts).to(self.device)
+            with nullcontext() if part + 1 == parts else self.accelerator.no_sync(self.model):
+                loss = self.stage.loss(self.model, shown).mean() / parts
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        _update_ema(self.ema, self.network, step, self.config)
+        self.meter.add(total + 0 * norm)  # a gradient that is not finite makes the loss so
+
+    def record(self, done: int) -> None:
+        """Read the losses, log, validate and save, each when it is due after ``done`` steps."""
+        settings = self.config.training
+        saves = done % settings.checkpoint_every == 0 or done == settings.steps
+        validates = done % settings.validate_every == 0 or done == settings.steps
+        logs = done % LOG_EVERY == 0 or saves or validates
+        if logs or self.device.type == "cpu":
+            self._read_losses(done)
+        if logs:
+            self._log(self.meter.row(done))
+        if validates:
+            self._validate(done)
+        if saves:
+            self.save(done)
+
+    def _read_losses(self, done: int) -> None:
+        losses = self.accelerator.reduce(torch.stack(self.meter.unread), "mean").tolist()
+        for number, loss in enumerate(losses, done - len(losses) + 1):
+            if not math.isfinite(loss):
+                raise self._not_finite(number)
+        self.meter.read(losses)
+
+    def _not_finite(self, number: int) -> MedfusionError:
+        """``number`` counts from 1, as the rows of metrics.jsonl do."""
+        last_good = self.out / checkpoint.CHECKPOINT
+        return MedfusionError(
+            f"the loss of step {number} is not finite",
+            scans_of_the_batch=", ".join(self.samples.scans_of_step(number - 1)),
+            last_good=last_good if last_good.exists() else "no checkpoint yet",
+            fix="look at these scans; if they are sound, begin anew with a lower training.learning_rate",
+        )
+
+    def _validate(self, done: int) -> None:
+        with self.meter.paused():
+            self.validated = self.stage.validate(self.ema, self.held_out)
+            self._log({"step": done, "validation": self.validated})
+            if self.accelerator.is_main_process:
+                self.stage.draw(self.ema, self.held_out, self.out / "pictures" / f"step_{done:07d}.png")
+            self.accelerator.wait_for_everyone()
+
+    def _log(self, row: dict[str, Any]) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        checkpoint.log(self.out, row)
+        if self.board is not None:
+            flat = row | {f"validation/{t}": value for t, value in row.get("validation", {}).items()}
+            for name, value in flat.items():
+                if isinstance(value, float):
+                    self.board.add_scalar(name, value, row["step"])
+            self.board.flush()
+
+    def agreed(self, asked: bool, done: int) -> bool:
+        """Whether to stop here: all processes do if one was asked to, which they tell each other every few steps."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        if done % LOG_EVERY:
+            return False
+        return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device)) > 0)
+
+    def save(self, done: int) -> None:
+        """Replace the checkpoint; its losses have been read, so its weights are finite."""
+        if self.meter.unread:
+            self._read_losses(done)
+        with self.meter.paused():
+            if self.accelerator.is_main_process:
+                checkpoint.save_checkpoint(
+                    self.out,
+                    self.config,
+                    done,
+                    self.network,
+                    self.ema,
+                    self.optimizers,
+                    scans=self.scans,
+                    seconds=self.meter.seconds,
+                    losses=self.meter.losses,
+                )
+            self.accelerator.wait_for_everyone()
+
+    def finish(self, data: str) -> Prior:
+        """The averaged network with its provenance, on the disk with its card."""
+        assert isinstance(self.stage, Diffusion)
+        prior = self.stage.prior(self.ema, self._provenance(self.stage, data))
+        if self.accelerator.is_main_process:
+            with staged(self.out / checkpoint.PRIOR, overwrite=True) as unfinished:
+                prior.save(unfinished)
+            with staged(self.out / checkpoint.CARD, overwrite=True) as unfinished:
+                unfinished.write_text(model_card(prior), encoding="utf-8")
+        self.accelerator.wait_for_everyone()
+        return prior
+
+    def _provenance(self, stage: Diffusion, data: str) -> dict[str, Any]:
+        from medfusion import __version__
+
+        name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
+        return {
+            "trained": datetime.now(UTC).date().isoformat(),
+            "medfusion": __version__,
+            "torch": torch.__version__,
+            "data": data,
+            "training_scans": len(set(self.scans)),
+            "validation_scans": len({case.name for case in self.validation}),
+            "steps": self.config.training.steps,
+            "hours": round(self.meter.seconds / 3600, 2),
+            "device": f"{self.accelerator.num_processes} x {name}",
+            "arithmetic": _arithmetic(self.device),
+            "waiting_for_data": round(self.meter.waited / max(self.meter.worked, 1e-9), 4),
+            "parameters": sum(p.numel() for p in self.ema.parameters()),
+            # a run may be resumed after its last step
+            "validation_loss": self.validated or stage.validate(self.ema, self.held_out),
+            **stage.decibels(self.ema, self.held_out),
+            "licence": self.config.licence,
+        }
+
+
+def _accelerator(device: str | None) -> Accelerator:
+    """Several processes where accelerate's launcher started them, else one on ``device``.
+
+    Raises
+    ------
+    MedfusionError : a device is named although the launcher gives each process its own, or the processes that it
+        started do not find each other.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and device is not None:
+        raise MedfusionError(
+            "--device and accelerate launch exclude each other",
+            fix="leave it out; ACCELERATE_USE_CPU=true accelerate launch ... keeps off the GPUs",
+        )
+    if launched == 1:  # its state outlives a run, and would keep the first one's device for all later ones
+        AcceleratorState._reset_state(reset_partial_state=True)
+    environment = {"ACCELERATE_TORCH_DEVICE": device} if device else {}
+    os.environ |= environment
+    try:
+        # the atlas is the same everywhere and need not be sent at every step
+        ddp = DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
+        # half-width arithmetic is switched on in the loss, as in use, not by accelerate
+        # launched without a GPU: unless told that it is on a CPU, each process would train alone
+        cpu = device == "cpu" or (launched > 1 and not torch.cuda.is_available())
+        accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[ddp])
+    finally:
+        for name in environment:
+            del os.environ[name]
+    if accelerator.num_processes != launched:
+        raise MedfusionError(f"{launched} processes were launched, {accelerator.num_processes} found each other")
+    return accelerator
+
+
+def _networks(stage: Stage, cases: Sequence[Case], device: torch.device) -> tuple[Any, Any]:
+    """The network to train and its average, both with their first weights."""
+    torch.manual_seed(stage.config.training.seed)
+    network, ema = stage.build(), stage.build()
+    stage.begin(network, cases)
+    ema.load_state_dict(network.state_dict())
+    network = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    ema = ema.eval().requires_grad_(False).to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
+    return network, ema
+
+
+def _plan(accelerator: Accelerator, resident: bool, workers: int, need: int) -> str:
+    device, where = accelerator.device, f"in memory, {workers} worker(s)"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    return (
+        f"{accelerator.num_processes} x {name}, {_arithmetic(device)}, "
+        f"scans {'on the GPU' if resident else where}, about {need / 2**30:.1f} GiB a step"
     )
-    with staged(out / "prior.safetensors", overwrite=True) as unfinished:
-        prior.save(unfinished)
-    return prior
 
 
-def _loss_of_step(
-    network: ResidualUNet, config: Config, cases: Sequence[Case], step: int, device: torch.device
-) -> Tensor:
-    seed, size = config.training.seed, config.training.batch
-    batch = draw_batch(cases, config.data, size, seed=seed, step=step)
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-    # half of the times uniform, for generation; half t = u^2, half of those below 0.25, where scans are denoised
-    uniform, low = torch.rand(2, size, generator=generator)
-    t = torch.where(torch.rand(size, generator=generator) < 0.5, uniform, low.square())
-    noise = torch.randn(batch.images.shape, generator=generator)
-    return _loss(network, config, batch, noise, t.clamp(min=1 / config.process.steps), device).mean()
-
-
-def _loss(
-    network: ResidualUNet, config: Config, batch: Batch, noise: Tensor, t: Tensor, device: torch.device
-) -> Tensor:
-    """The objective of each sample (b,) for clean images, noise and times (b,) on the CPU."""
-    context = batch.context.to(device)
-
-    def with_context(x: Tensor, log_noise_ratio: Tensor) -> Tensor:
-        with torch.autocast(device.type, torch.bfloat16, enabled=fast_bfloat16(device)):
-            return network(x, log_noise_ratio, context)
-
-    x0, noise, denoise = batch.images.to(device), noise.to(device), build_denoiser(config, with_context)
-    if config.training.objective == "hybrid":
-        step = (t * config.process.steps).round().long().clamp(1, config.process.steps)
-        return hybrid_loss(denoise, x0, noise, step)
-    return regression_loss(denoise, x0, noise, t, config.training.objective)
+def _arithmetic(device: torch.device) -> str:
+    return "bfloat16" if fast_bfloat16(device) else "float32"
 
 
 def _warmup_then_cosine(step: int, config: Config) -> float:
@@ -136,7 +372,7 @@ def _warmup_then_cosine(step: int, config: Config) -> float:
     return min(1.0, (step + 1) / config.training.warmup) * (0.5 * (1 + math.cos(math.pi * share)) + 1e-3)
 
 
-def _update_ema(ema: ResidualUNet, network: ResidualUNet, step: int, config: Config) -> None:
+def _update_ema(ema: nn.Module, network: nn.Module, step: int, config: Config) -> None:
     """Half-life in images, shorter at the start so that the average does not remember the initialisation."""
     images = (step + 1) * config.training.batch
     half_life = min(config.training.ema_half_life, 0.1 * images)
@@ -145,105 +381,10 @@ def _update_ema(ema: ResidualUNet, network: ResidualUNet, step: int, config: Con
         torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), weight)
 
 
-@torch.no_grad()
-def _validate(ema: ResidualUNet, config: Config, batches: Sequence[Batch], device: torch.device) -> dict[str, float]:
-    """Mean loss of the averaged network on fixed crops with fixed noise, for each of the fixed times."""
-    result = {}
-    for time_ in VALIDATION_TIMES:
-        losses = []
-        for index, batch in enumerate(batches):
-            generator = torch.Generator().manual_seed(index)
-            noise = torch.randn(batch.images.shape, generator=generator)
-            t = torch.full((len(batch.images),), time_)
-            losses.append(float(_loss(ema, config, batch, noise, t, device).mean()))
-        result[f"{time_:g}"] = sum(losses) / len(losses)
-    return result
+def _tensorboard(out: Path, start: int) -> Any:
+    """A writer where TensorBoard is installed; what an earlier run wrote of steps behind ``start`` is hidden."""
+    if find_spec("tensorboard") is None:
+        return None
+    from torch.utils.tensorboard import SummaryWriter
 
-
-def _save_checkpoint(
-    path: Path, network: ResidualUNet, ema: ResidualUNet, optimizer: torch.optim.Optimizer, config: Config, step: int
-) -> None:
-    state = {
-        "step": step,
-        "config": config.model_dump_json(),
-        "network": network.state_dict(),
-        "ema": ema.state_dict(),
-        "optimizer": optimizer.state_dict(),
-    }
-    content = io.BytesIO()  # a full disk would make torch.save raise an error that does not say so
-    torch.save(state, content)
-    with staged(path, overwrite=True) as unfinished:  # a checkpoint is whole or the one before it
-        unfinished.write_bytes(content.getbuffer())
-
-
-def read_checkpoint(out: Path, config: Config) -> dict[str, Any]:
-    """What a run in the folder ``out`` is resumed from.
-
-    Raises
-    ------
-    MedfusionError : there is no checkpoint, it is damaged, or it was made with another config.
-    """
-    path = out / "checkpoint.pt"
-    if not path.is_file():
-        raise MedfusionError(f"{out}: no checkpoint to resume from", fix="leave out --resume to begin anew")
-    try:
-        state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: nothing in it is executed
-    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise MedfusionError(f"{path}: damaged, or no checkpoint", fix="--overwrite to begin anew") from error
-    if not isinstance(state, dict) or "config" not in state:
-        raise MedfusionError(f"{path}: no checkpoint of medfusion", fix="--overwrite to begin anew")
-    try:
-        same = Config.model_validate_json(state["config"]) == config  # settings that are new since then have defaults
-    except ValidationError:
-        same = False
-    if not same:
-        raise MedfusionError(
-            f"{path}: was made with another config", fix="resume with the same config, or choose a new --out"
-        )
-    return state
-
-
-def _clear(out: Path) -> int:
-    """Remove what a later ``resume`` would take for this run's; returns the first step."""
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("checkpoint.pt", "metrics.jsonl", "prior.safetensors"):
-        (out / name).unlink(missing_ok=True)
-    return 0
-
-
-def _restore(state: dict[str, Any], network: ResidualUNet, ema: ResidualUNet, optimizer: torch.optim.Optimizer) -> int:
-    network.load_state_dict(state["network"])
-    ema.load_state_dict(state["ema"])
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
-
-
-def _log(out: Path, step: int, loss: float, by_time: dict[str, float], seconds: float) -> None:
-    row = {"step": step, "loss": round(loss, 5), "validation": {t: round(v, 5) for t, v in by_time.items()}}
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(row | {"seconds": round(seconds, 1)}) + "\n")
-
-
-def _provenance(
-    training: Sequence[Case],
-    validation: Sequence[Case],
-    config: Config,
-    data: str,
-    held_out: Sequence[Batch],
-    ema: ResidualUNet,
-) -> dict[str, object]:
-    from medfusion import __version__
-
-    device = next(ema.parameters()).device
-    return {
-        "trained": datetime.now(UTC).date().isoformat(),
-        "medfusion": __version__,
-        "torch": torch.__version__,
-        "data": data,
-        "training_scans": len({case.name for case in training}),
-        "validation_scans": len({case.name for case in validation}),
-        "steps": config.training.steps,
-        "parameters": sum(p.numel() for p in ema.parameters()),
-        "validation_loss": _validate(ema, config, held_out, device),
-        "licence": config.licence,
-    }
+    return SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)

@@ -1,69 +1,214 @@
-"""Which scans of a folder train the prior: found, read and prepared, every problem listed before the first step."""
+"""From a data folder to cases: scans are found with what belongs to them, prepared once, and audited.
+
+Every problem of every scan is listed before the first step.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
-import numpy as np
+from filelock import FileLock
+from torch.utils.data import DataLoader, Dataset
 
 from medfusion.config import Config
-from medfusion.data.crops import STRIPPED, Case, prepare, stripped
+from medfusion.data.cache import cache_file, load_case, save_case
+from medfusion.data.crops import STRIPPED, UNKNOWN, WHOLE_HEAD, Case, prepare, stripped
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, discover, read
-from medfusion.volume import Volume
+from medfusion.training.audit import Audit, Scan, measure
+from medfusion.training.companions import companion, read_beside, read_classes, read_labels, require_stars, some
+
+MOST_WORKERS = 8  # scans prepared at a time: each takes several copies of its voxels
 
 
 def load_cases(
-    folder: Path, config: Config, progress: Callable[[int, int, str], None] = lambda done, total, name: None
-) -> list[Case]:
+    folder: Path,
+    config: Config,
+    *,
+    cache: Path,
+    exclude: Sequence[str] = (),
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> tuple[list[Case], Audit]:
     """The scans under ``folder`` that match ``config.data.images``, and with masks their skull-stripped twins.
+
+    Scans with the same voxels are used once. The voxels are memory-mapped from the cache.
+
+    Parameters
+    ----------
+    cache : folder that keeps the prepared scans; several runs may share it, also at the same time.
+    exclude : shell patterns of the names of cases to leave out.
+    progress : called after each scan that had to be prepared: how many are, how many there were to do, its name.
 
     Raises
     ------
-    MedfusionError : nothing is found, or some scans cannot be used: all of them are named, with the reason.
+    MedfusionError : nothing is found; a pattern or the table of classes does not fit; or some scans cannot be used: all
+        of them are named, with the reason.
     """
-    found = discover(folder, pattern=config.data.images)
-    cases: list[Case] = []
-    problems: list[str] = []
-    for index, series in enumerate(found, 1):
-        progress(index, len(found), series.name)
-        try:
-            cases += _prepare_scan(series, config)
-        except MedfusionError as error:
-            facts = ", ".join(f"{name} {value}" for name, value in error.facts.items())
-            problems.append(f"{error.what} ({facts})" if facts else error.what)
+    require_stars(config.data)
+    found, excluded = _without(discover(folder, pattern=config.data.images), exclude)
+    names = [series.name for series in found]
+    classes = read_classes(folder / config.data.classes, names, config) if config.data.classes else {}
+    sources, problems = _sources(found, config, cache)
+    problems |= _fill(cache, sources, config, progress)
+    loaded = [_load(source) for source in sources if source.series.name not in problems]
+    scans = tuple(scan for _, scan in loaded)
+    problems |= _labels_beyond(scans, config.network.labels)
     if problems:
         raise MedfusionError(
             f"{folder}: {len(problems)} of {len(found)} scans cannot be trained on",
-            fix="mend or move them, or narrow the choice: --set data.images='*_T1.nii.gz'"
+            fix="mend them, or leave them out: --exclude NAME"
             + (", or train without masks: --set data.masks=''" if config.data.masks else ""),
-            **{f"problem_{number}": problem for number, problem in enumerate(problems, start=1)},
+            **{f"problem_{number}": problems[name] for number, name in enumerate(sorted(problems), start=1)},
         )
-    return cases
+    audit = Audit(scans, config, {name: config.network.classes[index] for name, index in classes.items()}, excluded)
+    cases = [case for kinds, scan in loaded for case in kinds if scan.name not in audit.copies]
+    return [replace(case, class_index=classes.get(case.name, UNKNOWN)) for case in cases], audit
 
 
-def _prepare_scan(series: Series, config: Config) -> list[Case]:
-    volume = read(series)
-    wanted = config.preprocessing.modality
-    if volume.modality and volume.modality != wanted:
-        raise MedfusionError(f"{series.name}: is {volume.modality}, the config is for {wanted}")
-    cases = [prepare(volume, config.preprocessing)]
-    if config.data.masks:
-        cases.append(prepare(stripped(volume, _mask_of(series, volume, config)), config.preprocessing, STRIPPED))
-    return cases
+def _without(found: list[Series], exclude: Sequence[str]) -> tuple[list[Series], tuple[str, ...]]:
+    """The scans that no pattern matches, and the names of the others."""
+    for pattern in exclude:
+        if not any(fnmatchcase(series.name, pattern) for series in found):
+            names = some(series.name for series in found)
+            raise MedfusionError(f"--exclude {pattern}: no scan has such a name", scans=names)
+    excluded = tuple(s.name for s in found if any(fnmatchcase(s.name, pattern) for pattern in exclude))
+    if len(excluded) == len(found):
+        raise MedfusionError(f"--exclude leaves none of {len(found)} scan(s)", fix="exclude fewer")
+    return [series for series in found if series.name not in excluded], excluded
 
 
-def _mask_of(series: Series, volume: Volume, config: Config) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
-    """The scan's file name with the fixed ending of ``images`` (after its *) replaced by ``masks``."""
-    image = series.files[0]
-    ending = config.data.images.rpartition("*")[2]
-    path = image.with_name(image.name.removesuffix(ending) + config.data.masks)
-    if not ending or not path.is_file():
-        raise MedfusionError(f"{series.name}: no mask beside it", expected=path.name)
-    mask = read(discover(path)[0])
-    if mask.shape != volume.shape:
+@dataclass(frozen=True)
+class _Source:
+    """A scan, its mask and label map where the config has them, and the cached file of each kind of image of it."""
+
+    series: Series
+    mask: Path | None
+    labels: Path | None
+    cached: dict[float, Path]
+
+    def is_cached(self) -> bool:
+        return all(load_case(path) for path in self.cached.values())
+
+
+def _sources(found: Sequence[Series], config: Config, cache: Path) -> tuple[list[_Source], dict[str, str]]:
+    """What each scan is prepared from; and name to problem of those for which that cannot be."""
+    sources, problems = [], {}
+    for series in found:
+        try:
+            sources.append(_source(series, config, cache))
+        except MedfusionError as error:
+            problems[series.name] = _line(error)
+    return sources, problems
+
+
+def _source(series: Series, config: Config, cache: Path) -> _Source:
+    data, preprocessing = config.data, config.preprocessing
+    if series.problems:
+        read(series)  # raises them
+    if series.modality and series.modality != preprocessing.modality:
+        raise MedfusionError(f"{series.name}: is {series.modality}, the config is for {preprocessing.modality}")
+    mask = companion(series, data.images, data.masks, "mask") if data.masks else None
+    labels = companion(series, data.images, data.labels, "labels") if data.labels else None
+    files = {"scan": series.files, "labels": [labels] if labels else []}
+    cached = {WHOLE_HEAD: cache_file(cache, series.name, WHOLE_HEAD, preprocessing, files)}
+    if mask:
+        cached[STRIPPED] = cache_file(cache, series.name, STRIPPED, preprocessing, files | {"mask": [mask]})
+    return _Source(series, mask, labels, cached)
+
+
+def _line(error: MedfusionError) -> str:
+    facts = ", ".join(f"{name} {value}" for name, value in error.facts.items())
+    return f"{error.what} ({facts})" if facts else error.what
+
+
+def _fill(
+    cache: Path, sources: Sequence[_Source], config: Config, progress: Callable[[int, int, str], None]
+) -> dict[str, str]:
+    """Prepare what is not in the cache, on all cores; returns name to problem of the scans where this failed.
+
+    The lock makes the processes of one launch, and runs that share a cache, prepare each scan once.
+    """
+    if all(source.is_cached() for source in sources):
+        return {}
+    cache.mkdir(parents=True, exist_ok=True)
+    problems = {}
+    with FileLock(cache / ".lock"):
+        missing = [source for source in sources if not source.is_cached()]
+        workers = min(len(missing), os.cpu_count() or 1, MOST_WORKERS)
+        prepared = DataLoader(
+            _Preparation(missing, config),
+            batch_size=None,
+            collate_fn=_as_it_is,
+            num_workers=workers if workers > 1 else 0,
+        )
+        for done, (source, problem) in enumerate(zip(missing, prepared, strict=True), start=1):
+            if isinstance(problem, MedfusionError):
+                raise problem
+            if problem:
+                problems[source.series.name] = problem
+            progress(done, len(missing), source.series.name)
+    return problems
+
+
+class _Preparation(Dataset[str | MedfusionError]):
+    """Item n is what went wrong when scan n was put into the cache: with the scan a line, with the cache the error."""
+
+    def __init__(self, sources: Sequence[_Source], config: Config) -> None:
+        self.sources, self.config = sources, config
+
+    def __len__(self) -> int:
+        return len(self.sources)
+
+    def __getitem__(self, index: int) -> str | MedfusionError:
+        source = self.sources[index]
+        try:
+            made = _prepare(source, self.config)
+        except MedfusionError as error:
+            return _line(error)
+        try:
+            for case, scan in made:
+                save_case(source.cached[case.kind], case, scan.model_dump_json())
+        except MedfusionError as error:
+            return error
+        return ""
+
+
+def _as_it_is(item: Any) -> Any:
+    return item
+
+
+def _prepare(source: _Source, config: Config) -> list[tuple[Case, Scan]]:
+    volume = read(source.series)
+    labels = read_labels(source.labels, volume) if source.labels else None
+    images = {WHOLE_HEAD: volume}
+    if source.mask:
+        images[STRIPPED] = stripped(volume, read_beside(source.mask, volume, "mask").array > 0)
+    cases = [prepare(image, config.preprocessing, kind, labels) for kind, image in images.items()]
+    return [(case, measure(volume, case, labels)) for case in cases]
+
+
+def _load(source: _Source) -> tuple[list[Case], Scan]:
+    """The images of a scan, and what the audit measured when the first of them was prepared."""
+    loaded = [found for path in source.cached.values() if (found := load_case(path))]
+    if len(loaded) < len(source.cached):
         raise MedfusionError(
-            f"{series.name}: image and mask have different shapes", image=volume.shape, mask=mask.shape
+            f"{source.series.name}: vanished from the cache",
+            cache=source.cached[WHOLE_HEAD].parent,
+            fix="begin again, and leave the cache alone meanwhile",
         )
-    return mask.array > 0
+    return [case for case, _ in loaded], Scan.model_validate_json(loaded[0][1])
+
+
+def _labels_beyond(scans: Sequence[Scan], number: int) -> dict[str, str]:
+    """Name to problem of the scans with labels that a network of so many (0: it is shown none) does not know."""
+    beyond = {scan.name: [value for value in scan.labels if value >= number] for scan in scans} if number else {}
+    return {
+        name: f"{name}: label values {some(map(str, values))}, network.labels has 0 to {number - 1}"
+        for name, values in beyond.items()
+        if values
+    }

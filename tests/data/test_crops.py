@@ -1,4 +1,6 @@
-"""Training crops: reproducible step by step, context that says where, twins that stay together."""
+"""Training crops: functions of seed and number, context that says where, shares as the config says, twins together."""
+
+from itertools import product
 
 import numpy as np
 import pytest
@@ -6,16 +8,18 @@ import torch
 
 from medfusion.config import DataConfig, PreprocessingConfig
 from medfusion.data.crops import (
+    AIR,
     STRIPPED,
+    UNKNOWN,
     WHOLE_HEAD,
     Case,
+    Crops,
     context_channels,
-    draw_batch,
     mean_atlas,
     prepare,
     split,
     stripped,
-    validation_batches,
+    validation_crops,
 )
 from medfusion.networks import ResidualUNet
 from medfusion.networks.residual_unet import ATLAS, ATLAS_REACH
@@ -28,15 +32,110 @@ def _case(name, kind=WHOLE_HEAD, shape=(40, 40, 40)):
     return Case(name, torch.randn(shape, generator=generator).half(), np.array([20.0, 20.0, 20.0]), 2.0, kind)
 
 
-def test_a_batch_depends_on_seed_and_step_alone():
+def _located(number=0, **settings):
+    """Crop ``number`` of a scan whose voxel (x, y, z) has the value 1600 x + 40 y + z, and the label likewise."""
+    index = torch.arange(64000.0).view(40, 40, 40)
+    case = Case("ramp", index, np.array([20.0, 20.0, 20.0]), 2.0, WHOLE_HEAD, labels=index.long() % 30000)
+    return Crops([case], DataConfig(crop=32, **settings), seed=0).draw(number, located=True)[0]
+
+
+def test_a_crop_depends_on_seed_and_number_alone():
     cases, config = [_case("a"), _case("bb"), _case("ccc", STRIPPED)], DataConfig(crop=32)
-    first, again = (draw_batch(cases, config, 4, seed=1, step=7) for _ in range(2))
-    other = draw_batch(cases, config, 4, seed=1, step=8)
-    assert first.images.shape == (4, 1, 32, 32, 32)
-    assert first.context.shape == (4, 4, 16, 16, 16)
-    torch.testing.assert_close(first.images, again.images, rtol=0, atol=0)
+    first, again = (Crops(cases, config, seed=1).draw(7, located=True)[0] for _ in range(2))
+    assert first.image.shape == (1, 32, 32, 32)
+    assert first.context.shape == (4, 16, 16, 16)
+    assert first.labels is None
+    torch.testing.assert_close(first.image, again.image, rtol=0, atol=0)
     torch.testing.assert_close(first.context, again.context, rtol=0, atol=0)
-    assert not torch.equal(first.images, other.images)
+    for seed, number in ((1, 8), (2, 7)):
+        other, _ = Crops(cases, config, seed).draw(number, located=True)
+        assert not torch.equal(first.image, other.image)
+
+
+def test_scans_are_drawn_alike_and_stripped_ones_at_their_share():
+    cases = [_case("a"), _case("bb"), _case("ccc", STRIPPED)]
+    crops = Crops(cases, DataConfig(crop=32, stripped_share=0.4), seed=0)
+    drawn = [crops.case(crops.generator(number)).name for number in range(2000)]
+    assert drawn.count("ccc") / 2000 == pytest.approx(0.4, abs=0.04)
+    assert drawn.count("a") / 2000 == pytest.approx(0.3, abs=0.04)
+
+
+def test_all_scans_stripped_are_all_drawn():
+    crops = Crops([_case("a", STRIPPED), _case("bb", STRIPPED)], DataConfig(crop=32), seed=0)
+    assert {crops.case(crops.generator(number)).name for number in range(20)} == {"a", "bb"}
+
+
+@pytest.mark.parametrize("flips", ["x", "xyz"])
+def test_position_and_labels_stay_with_the_voxels_through_flips(flips, monkeypatch):
+    """The first voxel of each folded pair tells its own index; the context must tell the same place."""
+    monkeypatch.setattr("medfusion.data.crops.GAIN", 0.0)
+    monkeypatch.setattr("medfusion.data.crops.GAMMA", 0.0)
+    monkeypatch.setattr("medfusion.data.crops.POSITION_JITTER", 0.0)
+    seen = set()
+    for number in range(30):
+        crop = _located(number, located_share=1.0, withheld_share=0.0, flips=flips)
+        index = crop.image[0].round().long()
+        torch.testing.assert_close(crop.labels, index % 30000)
+        xyz = torch.stack([index // 1600, index // 40 % 40, index % 40]).float()
+        pairs = xyz.unfold(1, 2, 2).unfold(2, 2, 2).unfold(3, 2, 2).mean(dim=(-1, -2, -3))
+        signs = torch.sign(xyz[(0, 1, 2), (1, 0, 0), (0, 1, 0), (0, 0, 1)] - xyz[:, 0, 0, 0])
+        expected = (pairs - 20) * 0.02 * signs.view(3, 1, 1, 1)  # decimetres; mirrored heads are mirrored about 0
+        torch.testing.assert_close(crop.context[:3], expected, atol=1e-5, rtol=0)
+        seen.add(tuple(signs.tolist()))
+    assert seen == ({(1, 1, 1), (-1, 1, 1)} if flips == "x" else set(product((1, -1), repeat=3)))
+
+
+def test_a_zoomed_crop_shows_fewer_voxels_larger(monkeypatch):
+    monkeypatch.setattr("medfusion.data.crops.GAIN", 0.0)
+    monkeypatch.setattr("medfusion.data.crops.GAMMA", 0.0)
+    steps = []
+    for number in range(20):
+        crop = _located(number, located_share=0.0, zoomed_share=1.0, withheld_share=0.0)
+        step = float((crop.image[0, 16, 16, 1:] - crop.image[0, 16, 16, :-1])[8:-8].mean().abs())
+        steps.append(step)  # voxels of the scan that one voxel of the crop advances
+        assert crop.labels.shape == (32, 32, 32)
+        assert bool((crop.context[:3] == 0).all())
+    assert 0.5 <= min(steps) < 0.65
+    assert 0.85 < max(steps) < 1
+
+
+def test_labels_and_class_are_withheld_together_at_their_share():
+    case = Case("a", torch.zeros(40, 40, 40), np.zeros(3), 2.0, WHOLE_HEAD, torch.ones(40, 40, 40).byte(), 1)
+    crops = Crops([case], DataConfig(crop=32, withheld_share=0.3), seed=0)
+    told = [
+        (bool((c.labels == 1).all()), int(c.class_index)) for c, _ in (crops.draw(n, located=False) for n in range(300))
+    ]
+    assert set(told) == {(True, 1), (False, UNKNOWN)}
+    assert told.count((False, UNKNOWN)) / 300 == pytest.approx(0.3, abs=0.08)
+    withheld = next(c for c, _ in (crops.draw(n, located=False) for n in range(300)) if int(c.class_index) == UNKNOWN)
+    assert bool((withheld.labels == UNKNOWN).all())
+
+
+def test_some_scans_with_and_some_without_labels_are_refused():
+    labelled = Case("a", torch.zeros(40, 40, 40), np.zeros(3), 2.0, WHOLE_HEAD, torch.ones(40, 40, 40).byte())
+    with pytest.raises(ValueError, match="some cases have a label map"):
+        Crops([labelled, _case("b")], DataConfig(crop=32), seed=0)
+
+
+def test_contrasts_are_changed_at_their_shares(monkeypatch):
+    done = []
+    monkeypatch.setattr("medfusion.data.crops.paint", lambda image, labels, rng: done.append("paint") or image)
+    monkeypatch.setattr("medfusion.data.crops.remap", lambda image, curve: done.append("remap") or image)
+    case = Case("a", torch.zeros(40, 40, 40), np.zeros(3), 2.0, WHOLE_HEAD, torch.ones(40, 40, 40).byte())
+    config = DataConfig(crop=32, painted_share=0.5, remapped_share=0.3, labels="x")
+    crops = Crops([case], config, seed=0)
+    for number in range(400):
+        crops.draw(number, located=False)
+    assert done.count("paint") / 400 == pytest.approx(0.5, abs=0.08)
+    assert done.count("remap") / 400 == pytest.approx(0.3, abs=0.08)
+
+
+def test_crops_avoid_air():
+    image = torch.full((120, 40, 40), -1.0)
+    image[:20] = 1.0
+    crops = Crops([Case("a", image, np.zeros(3), 2.0, WHOLE_HEAD)], DataConfig(crop=32), seed=0)
+    full = [float(crops.draw(number, located=False)[0].image.mean()) > AIR for number in range(100)]
+    assert sum(full) > 80  # one place in four is not all air
 
 
 def test_context_gives_decimetres_from_the_centre():
@@ -50,9 +149,9 @@ def test_context_gives_decimetres_from_the_centre():
 
 
 def test_volumes_smaller_than_a_crop_are_padded():
-    batch = draw_batch([_case("small", shape=(20, 40, 40))], DataConfig(crop=32), 2, seed=0, step=0)
-    assert batch.images.shape == (2, 1, 32, 32, 32)
-    assert torch.isfinite(batch.images).all()
+    crop, _ = Crops([_case("small", shape=(20, 40, 40))], DataConfig(crop=32), seed=0).draw(0, located=True)
+    assert crop.image.shape == (1, 32, 32, 32)
+    assert torch.isfinite(crop.image).all()
 
 
 def test_split_keeps_a_scan_and_its_twin_together():
@@ -61,7 +160,8 @@ def test_split_keeps_a_scan_and_its_twin_together():
     assert {c.name for c in training}.isdisjoint(c.name for c in validation)
     assert len(validation) == 4
     assert len(training) == 8
-    assert len(validation_batches(validation, DataConfig(crop=32), 0)) == 4
+    crops = validation_crops(validation, DataConfig(crop=32), 0)
+    assert [tuple(crop.image.shape) for crop in crops] == [(1, 1, 32, 32, 32)] * 4
 
 
 def test_prepare_makes_the_same_image_of_any_orientation():

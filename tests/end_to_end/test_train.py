@@ -1,6 +1,8 @@
 """`medfusion train` as its users run it; the function behind it where a process of its own adds nothing."""
 
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +22,8 @@ from medfusion.errors import MedfusionError
 from medfusion.prior import Prior
 from medfusion.tasks.denoise import denoise
 
-MASKED = ["data.images='*_T1.nii.gz'", "data.masks='_mask.nii.gz'"]
+MASKED = ["data.images='*_T1.nii.gz'", "data.masks='*_mask.nii.gz'"]
+OPTIONS: dict[str, Any] = {"cache": None, "exclude": [], "device": "cpu", "workers": None}
 
 
 def write_config(folder: Path) -> Path:
@@ -40,14 +43,16 @@ def write_data(folder: Path, number: int = 3) -> Path:
     return folder
 
 
-def run(tmp_path: Path, *overrides: str, overwrite: bool = False, resume: bool = False) -> int:
+def run(tmp_path: Path, *overrides: str, overwrite: bool = False, resume: bool = False, **options: Any) -> int:
     """Train on NIfTI files and masks in this process."""
     config, data, out = tmp_path / "tiny.yaml", tmp_path / "data", tmp_path / "out"
-    return train_prior(config, data, out, [*MASKED, *overrides], device="cpu", overwrite=overwrite, resume=resume)
+    options = OPTIONS | {"overwrite": overwrite, "resume": resume} | options
+    return train_prior(config, data, out, [*MASKED, *overrides], **options)
 
 
 def steps(out: Path) -> list[int]:
-    return [json.loads(line)["step"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [row["step"] for row in rows if "loss" in row]
 
 
 @pytest.fixture
@@ -60,7 +65,7 @@ def trained(tmp_path: Path) -> Path:
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_nifti_files_and_masks_make_a_prior_that_denoises(tmp_path: Path) -> None:
@@ -68,14 +73,21 @@ def test_nifti_files_and_masks_make_a_prior_that_denoises(tmp_path: Path) -> Non
     sets = [item for setting in (*MASKED, "training.steps=6", "name=mine") for item in ("--set", setting)]
     done = medfusion("train", write_config(tmp_path), "--data", data, "--out", out, "--device", "cpu", *sets)
     assert done.returncode == 0, done.stderr
-    assert "3 scans, 6 training images with their variants" in done.stderr
+    assert "3, each whole and skull-stripped" in done.stderr
+    assert "Warning" not in done.stderr
     assert "step 6/6  loss " in done.stderr
+    assert f"Card: {out / 'card.md'}\n" in done.stderr
     assert f"--prior {out / 'prior.safetensors'}\n" in done.stderr
-    assert {path.name for path in out.iterdir()} == {"checkpoint.pt", "metrics.jsonl", "prior.safetensors", "run.json"}
+    files = {"audit.csv", "cache", "card.md", "checkpoint.pt", "metrics.jsonl", "prior.safetensors", "run.json"}
+    assert files <= {path.name for path in out.iterdir()}
+    assert len((out / "audit.csv").read_text().splitlines()) == 4
     assert steps(out) == [2, 4, 6]
     record = json.loads((out / "run.json").read_text())
     assert (record["command"], record["config"]["training"]["steps"]) == ("train", 6)
     assert record["environment"]["device"] == "cpu"
+    assert record["scans"] == [f"case{index}_T1" for index in range(3)]
+    assert record["audit"]["properties"]["orientation"] == "RAS (3)"
+    assert record["audit"]["remarks"] == []
     prior = Prior.load(out / "prior.safetensors")
     assert prior.name == "mine"
     assert (prior.provenance["training_scans"], prior.provenance["validation_scans"]) == (2, 1)
@@ -86,7 +98,11 @@ def test_nifti_files_and_masks_make_a_prior_that_denoises(tmp_path: Path) -> Non
 def test_ctrl_c_says_how_to_go_on(tmp_path: Path) -> None:
     data, out = write_data(tmp_path / "data"), tmp_path / "out"
     command = [sys.executable, "-m", "medfusion", "train", write_config(tmp_path), "--data", data, "--out", out]
-    running = subprocess.Popen([*command, "--set", "training.steps=100000"], stderr=subprocess.PIPE, text=True)
+    running = subprocess.Popen(
+        [*command, "--set", "training.steps=100000", "--set", "data.images=*_T1.nii.gz"],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     assert running.stderr is not None
     for line in running.stderr:
         if line.startswith("step "):
@@ -104,7 +120,7 @@ def test_dicom_series_without_masks(tmp_path: Path) -> None:
         array = head(affine, shape, noise=10, seed=number).clip(0).astype(np.uint16)
         write_series(tmp_path / "data" / str(number), array, affine, SeriesNumber=number)
     out = tmp_path / "out"
-    options: dict[str, Any] = {"device": "cpu", "overwrite": False, "resume": False}
+    options = OPTIONS | {"overwrite": False, "resume": False}
     assert train_prior(write_config(tmp_path), tmp_path / "data", out, [], **options) == 0
     assert Prior.load(out / "prior.safetensors").provenance["training_scans"] == 1
 
@@ -151,9 +167,10 @@ def test_nothing_to_resume(tmp_path: Path) -> None:
 
 def test_the_output_lies_apart_from_the_data(tmp_path: Path) -> None:
     data = write_data(tmp_path / "data")
-    options: dict[str, Any] = {"device": "cpu", "overwrite": False, "resume": False}
-    with pytest.raises(MedfusionError, match="the output lies inside the input"):
-        train_prior(write_config(tmp_path), data, data / "run", MASKED, **options)
+    options = OPTIONS | {"overwrite": False, "resume": False}
+    for out, cache in ((data / "run", None), (tmp_path / "run", data / "cache")):
+        with pytest.raises(MedfusionError, match="the output lies inside the input"):
+            train_prior(write_config(tmp_path), data, out, MASKED, **options | {"cache": cache})
 
 
 def test_every_problem_is_listed(tmp_path: Path) -> None:
@@ -162,5 +179,46 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
     (data / "case2_T1.nii.gz").write_bytes(b"no scan")
     sets = [item for setting in MASKED for item in ("--set", setting)]
     done = medfusion("train", write_config(tmp_path), "--data", data, "--out", tmp_path / "out", *sets)
-    assert_refused(done, "2 of 3 scans cannot be trained on", "case1_T1: no mask beside it", "case2_T1: cannot be used")
-    assert not (tmp_path / "out").exists()
+    lines = ("2 of 3 scans cannot be trained on", "case1_T1: no mask where expected", "case2_T1: cannot be used")
+    assert_refused(done, *lines)
+    assert not (tmp_path / "out" / "checkpoint.pt").exists()
+
+
+def test_what_the_audit_finds_is_told_and_may_be_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_config(tmp_path)
+    data = write_data(tmp_path / "data", 4)
+    shutil.copy(data / "case0_T1.nii.gz", data / "case2_T1.nii.gz")
+    (data / "case3_T1.nii.gz").write_bytes(b"no scan")
+    assert run(tmp_path, exclude=["case3*"], cache=tmp_path / "shared") == 0
+    said = capsys.readouterr().err
+    assert "Warning  same voxels as another scan, left out: case2_T1 (case0_T1)\n" in said
+    assert "1 by --exclude, 1 copies" in said
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["scans"] == ["case0_T1", "case1_T1"]
+    assert record["audit"]["excluded"] == ["case3_T1"]
+    assert len(list((tmp_path / "shared").glob("*.safetensors"))) == 6
+    assert not (tmp_path / "out" / "cache").exists()
+
+
+def test_two_processes_of_which_one_talks(tmp_path: Path) -> None:
+    data, out = write_data(tmp_path / "data"), tmp_path / "out"
+    launch = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no"
+    launch += " --dynamo_backend no --main_process_port 0 --num_cpu_threads_per_process 1 -m medfusion train"
+    sets = [item for setting in MASKED for item in ("--set", setting)]
+    command = [sys.executable, *launch.split(), write_config(tmp_path), "--data", data, "--out", out, *sets]
+
+    line, environment = [*map(str, command)], os.environ | {"ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("step 4/4  loss ") == 1
+    assert done.stderr.count("each whole and skull-stripped") == 1
+    assert len(list((out / "cache").glob("*.safetensors"))) == 6
+    assert "2 processes" in json.loads((out / "run.json").read_text())["environment"]["device"]
+
+
+def test_the_launcher_gives_the_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_config(tmp_path)
+    write_data(tmp_path / "data")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(MedfusionError, match="--device and accelerate launch exclude each other"):
+        run(tmp_path)

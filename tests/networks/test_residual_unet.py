@@ -1,14 +1,15 @@
-"""The residual U-Net: folding is exact, crops agree with the whole, the noise level and the context matter."""
+"""The residual U-Net: folding is exact, crops agree with the whole, what is told matters and may be withheld."""
 
+import pytest
 import torch
 
-from medfusion.networks import ResidualUNet
+from medfusion.networks import ResidualUNet, adopt
 from medfusion.networks.residual_unet import CONTEXT, fold, unfold
 
 
-def _network(seed=0):
+def _network(seed=0, **shown):
     torch.manual_seed(seed)
-    network = ResidualUNet((8, 16), (1, 1)).eval().requires_grad_(False)
+    network = ResidualUNet((8, 16), (1, 1), **shown).eval().requires_grad_(False)
     for parameter in network.parameters():  # the zero initialisation would hide what is tested
         parameter.copy_(torch.randn(parameter.shape) * 0.1)
     return network
@@ -56,3 +57,61 @@ def test_level_and_context_change_the_answer_and_zeros_are_unknown():
     zeros = torch.zeros(1, CONTEXT, 8, 8, 8)
     torch.testing.assert_close(plain, network(x, torch.tensor([-1.0]), zeros))
     assert not torch.allclose(plain, network(x, torch.tensor([-1.0]), zeros + 1))
+
+
+X, LEVEL = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0)), torch.tensor([-1.0])
+
+
+def test_labels_change_the_answer_where_they_lie_and_minus_one_is_unknown():
+    network = _network(located=False, labels=3)
+    labels = torch.full((1, 16, 16, 16), -1)
+    plain = network(X, LEVEL)
+    torch.testing.assert_close(plain, network(X, LEVEL, labels=labels), rtol=0, atol=0)
+    answers = [network(X, LEVEL, labels=labels.index_fill(1, torch.arange(8), value)) for value in range(3)]
+    for number, answer in enumerate(answers):  # background is told too: it is not the same as unknown
+        assert not torch.allclose(answer, plain)
+        assert all(not torch.allclose(answer, other) for other in answers[:number])
+    one = labels.clone()
+    one[0, 3, 9, 4] = 2
+    change = (
+        network.head(network._shown(fold(X), None, one)) - network.head(network._shown(fold(X), None, None))
+    ).abs()
+    assert change[0].amax(0).nonzero().min(0).values.tolist() == [0, 3, 1]  # the folded voxel (1, 4, 2) and neighbours
+    assert change[0].amax(0).nonzero().max(0).values.tolist() == [2, 5, 3]
+
+
+def test_a_class_changes_the_answer_and_minus_one_is_unknown():
+    network = _network(located=False, classes=2)
+    network.classes.weight[0] = 0  # padding: the fixture filled it
+    plain = network(X, LEVEL)
+    unknown, first, second = (network(X, LEVEL, classes=torch.tensor([value])) for value in (-1, 0, 1))
+    torch.testing.assert_close(unknown, plain, rtol=0, atol=0)
+    assert not torch.allclose(first, plain)
+    assert not torch.allclose(first, second)
+
+
+@pytest.mark.parametrize("shown", [{"located": False}, {"located": False, "labels": 3, "classes": 2}, {"labels": 2}])
+def test_a_network_that_adopts_another_gives_its_answers_where_only_the_image_is_known(shown):
+    other = _network(labels=2)
+    network = _network(seed=1, **shown)
+    adopt(network, other)
+    torch.testing.assert_close(network(X, LEVEL), other(X, LEVEL), atol=1e-4, rtol=1e-4)
+    if network.labels == 2:
+        labels = torch.randint(0, 2, (1, 16, 16, 16))
+        torch.testing.assert_close(
+            network(X, LEVEL, labels=labels), other(X, LEVEL, labels=labels), atol=1e-4, rtol=1e-4
+        )
+    if network.classes is not None:
+        torch.testing.assert_close(network(X, LEVEL, classes=torch.tensor([1])), other(X, LEVEL), atol=1e-4, rtol=1e-4)
+
+
+def test_classes_of_the_same_number_are_adopted():
+    other, network = _network(classes=2), _network(seed=1, classes=2)
+    adopt(network, other)
+    told = {"classes": torch.tensor([1])}
+    torch.testing.assert_close(network(X, LEVEL, **told), other(X, LEVEL, **told))
+
+
+def test_networks_of_other_layers_are_not_adopted():
+    with pytest.raises(ValueError, match="differ in channels"):
+        adopt(ResidualUNet((8, 24), (1, 1)), _network())

@@ -1,0 +1,136 @@
+"""Batches: what the network is shown in step k, a function of (seed, number of the crop) alone, and who fetches it.
+
+Crop j of step k has number k * batch + j. Of W processes, process r takes the r-th part of each step, so the union of
+what they see does not depend on W; nor does it on workers, on parts of a batch, or on where a run was resumed.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
+
+from medfusion.config import Config
+from medfusion.data.crops import Case, Crop, Crops, stack
+from medfusion.diffusion import lognormal_times
+from medfusion.prior import build_process
+
+MOST_WORKERS = 8
+
+
+class Shown(NamedTuple):
+    """A batch and what is done to it: crop, noise (b, c, d, h, w) as of ``Config.diffused``, times (b,)."""
+
+    crop: Crop
+    noise: Tensor
+    t: Tensor
+
+    def to(self, device: torch.device) -> Shown:
+        """Every tensor on ``device``."""
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
+
+        image, context, labels, class_index = self.crop
+        crop = Crop(move(image), move(context), None if labels is None else move(labels), move(class_index))
+        return Shown(crop, move(self.noise), move(self.t))
+
+
+class Samples(Dataset[Shown]):
+    """Sample n: crop number n with its noise and time."""
+
+    def __init__(self, cases: Sequence[Case], config: Config) -> None:
+        self.config = config
+        self.crops = Crops(cases, config.data, config.training.seed)
+        self.process = build_process(config)
+
+    def __getitem__(self, number: int) -> Shown:
+        crop, rng = self.crops.draw(number, located=self.config.network.located)
+        device = crop.image.device
+        generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
+        channels, edge = self.config.diffused
+        noise = torch.randn(channels, edge, edge, edge, generator=generator, device=device)
+        return Shown(crop, noise, self._time(int(rng.integers(2**62))).to(device))
+
+    def _time(self, seed: int) -> Tensor:
+        """Log-normal noise ratio, as real scans have, or t uniform; never below the first step of the process."""
+        times, generator = self.config.training.times, torch.Generator().manual_seed(seed)
+        low = torch.rand((), generator=generator) < times.lognormal_share
+        mean = float(torch.tensor(times.median).log())
+        lognormal = lognormal_times(self.process, 1, generator, mean=mean, std=times.spread)[0].float()
+        uniform = torch.rand((), generator=generator)
+        return torch.where(low, lognormal, uniform).clamp(min=1 / self.process.steps)
+
+    def scans_of_step(self, step: int) -> list[str]:
+        """Names of the scans that the batch of a step is cut from."""
+        batch = self.config.training.batch
+        numbers = range(step * batch, (step + 1) * batch)
+        return sorted({self.crops.case(self.crops.generator(number)).name for number in numbers})
+
+
+class Order(Sequence[list[int]]):
+    """The sample numbers of each part of each step from ``start`` on, for process ``rank`` of ``processes``."""
+
+    def __init__(self, config: Config, start: int, rank: int, processes: int) -> None:
+        self.training, self.start, self.rank = config.training, start, rank
+        self.size = config.training.batch // (processes * config.training.accumulate)  # of a part
+
+    def __len__(self) -> int:
+        return (self.training.steps - self.start) * self.training.accumulate
+
+    def __getitem__(self, index: int) -> list[int]:  # type: ignore[override]
+        step, part = divmod(index, self.training.accumulate)
+        first = (self.start + step) * self.training.batch
+        first += (self.rank * self.training.accumulate + part) * self.size
+        return list(range(first, first + self.size))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (self[index] for index in range(len(self)))
+
+
+def loader(samples: Samples, order: Order, workers: int) -> DataLoader[Shown]:
+    """Parts of steps in ``order``, drawn by so many processes ahead of the network; 0: drawn when they are needed."""
+    return DataLoader(
+        samples,
+        batch_sampler=order,
+        collate_fn=_collate,
+        num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_trainer,
+        pin_memory=workers > 0 and torch.cuda.is_available(),
+        prefetch_factor=4 if workers else None,
+        persistent_workers=False,
+    )
+
+
+def _collate(shown: list[Shown]) -> Shown:
+    crops, noise, t = zip(*shown, strict=True)
+    return Shown(stack(crops), torch.stack(noise), torch.stack(t))
+
+
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach the whole group; the trainer finishes its step first."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def end_workers(parts: Iterator[Shown]) -> None:
+    """End the processes behind ``iter(loader(...))``.
+
+    The interpreter's exit asks by SIGTERM those that a traceback still keeps alive, and would wait for ever.
+    """
+    if isinstance(parts, _MultiProcessingDataLoaderIter):
+        parts._shutdown_workers()
+
+
+def default_workers(device: torch.device, resident: bool) -> int:
+    """None where the scans lie on the GPU or the CPU trains (they would take its cores), else up to eight."""
+    if resident or device.type != "cuda":
+        return 0
+    return min(MOST_WORKERS, max(1, (os.cpu_count() or 2) - 1))

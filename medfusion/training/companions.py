@@ -1,0 +1,133 @@
+"""What belongs to a scan beside its voxels: a brain mask, a label map, a class."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from medfusion.config import Config, DataConfig
+from medfusion.errors import MedfusionError
+from medfusion.io import Series, discover, read
+from medfusion.volume import Volume
+
+GRID_TOLERANCE = 0.1  # voxels that the corners of a mask may lie off those of its scan: rounded headers, no more
+LARGEST_LABEL = int(np.iinfo(np.int16).max)
+
+
+def require_stars(data: DataConfig) -> None:
+    """Check that the patterns tell which file belongs to which scan.
+
+    Raises
+    ------
+    MedfusionError : masks or labels are named after the * of ``images``, and one of the two has none.
+    """
+    for setting, pattern in (("data.masks", data.masks), ("data.labels", data.labels)):
+        if pattern and ("*" not in pattern or data.images.count("*") != 1 or set("?[") & set(data.images)):
+            raise MedfusionError(
+                f"{setting}: no telling which file belongs to which scan",
+                **{"data.images": data.images, setting: pattern},
+                fix="one * in data.images, and a * for the same in the other: '*_T1.nii.gz' and '*_mask.nii.gz'",
+            )
+
+
+def companion(series: Series, images: str, pattern: str, what: str) -> Path:
+    """The file that ``pattern`` names for a scan; ``what`` it is ("mask", "labels") is for the error.
+
+    Raises
+    ------
+    MedfusionError : the scan is no NIfTI file, or the file is not there.
+    """
+    if series.kind != "nifti":
+        raise MedfusionError(f"{series.name}: {what} can be named for NIfTI files only", kind=series.kind)
+    scan = series.files[0]
+    before, after = images.split("*")
+    path = scan.parent / pattern.replace("*", scan.name[len(before) : len(scan.name) - len(after)])
+    if not path.is_file():
+        raise MedfusionError(f"{series.name}: no {what} where expected", expected=path)
+    return path
+
+
+def read_beside(path: Path, scan: Volume, what: str) -> Volume:
+    """A mask or label map of a scan.
+
+    Raises
+    ------
+    MedfusionError : it cannot be read, or does not lie on the grid of the scan.
+    """
+    [series] = discover(path)
+    other = read(series)
+    if other.shape != scan.shape:
+        shapes = f"{scan.shape} and {other.shape}"
+        raise MedfusionError(f"{scan.name}: scan and {what} have different shapes", shapes=shapes)
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in scan.shape))))
+    apart = np.linalg.norm(other.to_world(corners) - scan.to_world(corners), axis=1).max()
+    if apart > GRID_TOLERANCE * scan.spacing.min():
+        raise MedfusionError(f"{scan.name}: scan and {what} lie apart", corners=f"up to {apart:.3g} mm")
+    return other
+
+
+def read_labels(path: Path, scan: Volume) -> Volume:
+    """The label map of a scan, as uint8 where it fits and else as int16.
+
+    Raises
+    ------
+    MedfusionError : as `read_beside`, or there are values that are no label.
+    """
+    labels = read_beside(path, scan, "labels")
+    lowest, highest = labels.array.min(), labels.array.max()
+    if lowest < 0 or highest > LARGEST_LABEL or (labels.array != np.rint(labels.array)).any():
+        raise MedfusionError(
+            f"{scan.name}: labels are whole numbers from 0 to {LARGEST_LABEL}",
+            range=f"{lowest} to {highest}",
+            fractions=int((labels.array != np.rint(labels.array)).sum()),
+        )
+    return labels.with_array(labels.array.astype(np.uint8 if highest < 256 else np.int16))
+
+
+def read_classes(path: Path, names: Sequence[str], config: Config) -> dict[str, int]:
+    """The table ``data.classes``: name of each scan to the index of its class in ``network.classes``.
+
+    Raises
+    ------
+    MedfusionError : the table cannot be read, lacks a column or a scan, or has an unknown class or two for one scan.
+    """
+    known = config.network.classes
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # Excel begins its UTF-8 with a mark
+            rows = csv.DictReader(file)
+            if not {"case", "class"} <= set(rows.fieldnames or ()):
+                raise MedfusionError(
+                    f"data.classes: {path} lacks a column",
+                    columns=", ".join(rows.fieldnames or ()),
+                    fix="the first line is: case,class",
+                )
+            stated = defaultdict(set)
+            for row in rows:
+                stated[row["case"]].add(row["class"])
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MedfusionError(f"data.classes: {path} cannot be read", reason=error) from error
+    classes = {name: stated.get(name, set()) for name in names}
+    facts = {
+        "scans_without_a_row": some(name for name, found in classes.items() if not found),
+        "scans_of_two_classes": some(name for name, found in classes.items() if len(found) > 1),
+        "unknown_classes": some(sorted({str(one) for found in classes.values() for one in found} - set(known))),
+    }
+    if any(facts.values()):
+        raise MedfusionError(
+            f"data.classes: {path} does not fit the scans and network.classes",
+            **{name: value for name, value in facts.items() if value},
+            known_classes=", ".join(known),
+            fix="one row for each scan, named as `medfusion inspect` does",
+        )
+    return {name: known.index(found.pop()) for name, found in classes.items()}
+
+
+def some(names: Iterable[str]) -> str:
+    """The first ten of many names."""
+    listed = list(names)
+    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")

@@ -1,0 +1,120 @@
+"""What a run shows of itself on held-out scans: losses by noise level, decibels, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medfusion.config import Config
+from medfusion.data.crops import Crop
+from medfusion.diffusion import Denoiser, dpm_solver, time_steps
+from medfusion.io import staged
+from medfusion.metrics import psnr
+from medfusion.networks import Autoencoder
+from medfusion.prior import Prior, half_width
+from medfusion.training.batches import Shown
+
+VALIDATION_TIMES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)
+NOISE_LEVELS = (0.05, 0.10, 0.20)  # of the range from air to bright tissue
+TISSUE = -0.8  # decibels are taken where the clean crop is above it
+PICTURED, SAMPLING_STEPS = 4, 12
+
+
+@torch.no_grad()
+def validation_loss(
+    loss: Callable[[Shown], Tensor], config: Config, crops: Sequence[Crop], device: torch.device
+) -> dict[str, float]:
+    """Mean loss on fixed crops with fixed noise, for each of the fixed times."""
+    result = {}
+    for time in VALIDATION_TIMES:
+        losses = []
+        for index, crop in enumerate(crops):
+            shown = Shown(crop, _noise(config, index), torch.tensor([time])).to(device)
+            losses.append(float(loss(shown).mean()))
+        result[f"{time:g}"] = round(sum(losses) / len(losses), 5)
+    return result
+
+
+@torch.no_grad()
+def denoising_psnr(prior: Prior, crops: Sequence[Crop]) -> dict[str, dict[str, float]]:
+    """Noise level to decibels before and after one evaluation of the prior, which is told nothing but the level."""
+    denoise, result = prior.denoiser(), {}
+    for level in NOISE_LEVELS:
+        pairs = []
+        for index, crop in enumerate(crops):
+            noisy, clean = crop.image + 2 * level * _noise(prior.config, index), crop.image.numpy()
+            if (clean > TISSUE).any():
+                estimate = _posterior_mean(denoise, noisy.to(prior.device), 2 * level).cpu()
+                pairs.append([psnr(clean, image.numpy(), clean > TISSUE, 2.0) for image in (noisy, estimate)])
+        before, after = torch.tensor(pairs).mean(dim=0).tolist() if pairs else (float("nan"),) * 2
+        result[f"{level:g}"] = {"noisy": round(before, 2), "denoised": round(after, 2)}
+    return result
+
+
+@torch.no_grad()
+def reconstruction_psnr(autoencoder: Autoencoder, crops: Sequence[Crop]) -> float:
+    """Decibels of whole crops rebuilt from their latents, the data range being 2."""
+    rebuilt = [(crop.image.numpy(), _rebuilt(autoencoder, crop).numpy()) for crop in crops]
+    return round(sum(psnr(clean, image, np.ones_like(clean, bool), 2.0) for clean, image in rebuilt) / len(rebuilt), 2)
+
+
+@torch.no_grad()
+def reconstruction_picture(autoencoder: Autoencoder, crops: Sequence[Crop], path: Path) -> None:
+    """A PNG: for up to four held-out crops the slice, and the same rebuilt from its latents."""
+    _save_rows([(crop.image, _rebuilt(autoencoder, crop)) for crop in crops[:PICTURED]], path)
+
+
+@torch.no_grad()
+def picture(prior: Prior, crops: Sequence[Crop], path: Path) -> None:
+    """A PNG: for up to four held-out crops the clean slice, 10 % noise, that denoised, and a sample from pure noise.
+
+    Labels, class and position of the crop are told for the sample and withheld for the denoising. Of a latent prior
+    the noise is that of the latents.
+    """
+    rows = []
+    for index, crop in enumerate(crops[:PICTURED]):
+        noise = _noise(prior.config, index).to(prior.device)
+        noisy = prior.encode(crop.image.to(prior.device)) + 0.2 * noise
+        seen = (noisy, _posterior_mean(prior.denoiser(), noisy, 0.2), _sample(prior, crop, noise))
+        rows.append((crop.image, *(prior.decode(x, crop.image.shape[2:]).cpu() for x in seen)))
+    _save_rows(rows, path)
+
+
+def _save_rows(rows: Sequence[Sequence[Tensor]], path: Path) -> None:
+    """The middle axial slice of every image (1, 1, d, h, w), front up, from -1 (black) to +1."""
+    from matplotlib.image import imsave
+
+    lines = [torch.cat([x[0, 0, :, :, x.shape[-1] // 2].T.flip(0) for x in row], dim=1) for row in rows]
+    with staged(path, overwrite=True) as unfinished:
+        imsave(unfinished, torch.cat(lines).clamp(-1, 1).numpy(), cmap="gray", vmin=-1, vmax=1, format="png")
+
+
+def _rebuilt(autoencoder: Autoencoder, crop: Crop) -> Tensor:
+    image = crop.image.to(autoencoder.scale.device)
+    with half_width(image.device):
+        return autoencoder.decode(autoencoder.encode(image)).float().cpu()
+
+
+def _posterior_mean(denoise: Denoiser, noisy: Tensor, ratio: float) -> Tensor:
+    """E[x_0 | x_t] for noisy = x_t / alpha(t), at the time whose noise ratio is ``ratio``."""
+    t = denoise.process.time_of(ratio)
+    return denoise(noisy * denoise.process.alpha(t).to(noisy), t)
+
+
+def _sample(prior: Prior, crop: Crop, noise: Tensor) -> Tensor:
+    """One sample from pure noise with what is known about the crop."""
+    known = prior.config.network
+    labels = crop.labels if known.labels else None
+    classes = crop.class_index if known.classes else None
+    denoise = prior.denoiser(crop.context if known.located else None, labels, classes)
+    times = time_steps(prior.process, SAMPLING_STEPS, "log_snr", start=0.99)
+    return dpm_solver(denoise, noise * prior.process.sigma(times[0]).to(noise), times)
+
+
+def _noise(config: Config, seed: int) -> Tensor:
+    channels, edge = config.diffused
+    return torch.randn(1, channels, edge, edge, edge, generator=torch.Generator().manual_seed(seed))

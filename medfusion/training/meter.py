@@ -1,0 +1,93 @@
+"""Losses, speed and the time spent waiting for data, between two rows of metrics.jsonl."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+
+class State(NamedTuple):
+    """State after a step: last loss that was read, images a second, share of the time spent waiting for data."""
+
+    step: int
+    loss: float
+    images_per_second: float
+    waiting: float
+
+
+class Meter:
+    """Unread losses stay tensors: reading one makes a GPU finish what it has queued.
+
+    Parameters
+    ----------
+    batch : images of a step.
+    seconds : what the run took before it was resumed.
+    losses : of the steps between its last row and its checkpoint.
+    """
+
+    def __init__(self, batch: int, seconds: float = 0.0, losses: Sequence[float] = ()) -> None:
+        self.batch, self.before, self.start = batch, seconds, time.perf_counter()
+        self.waited = self.worked = 0.0  # in the whole run, validation and saving left out
+        self.unread: list[Tensor] = []
+        self.last = State(0, math.nan, math.nan, 0.0)
+        self._open()
+        self.losses += losses
+
+    def _open(self) -> None:
+        self.began, self.steps, self.waits, self.losses = time.perf_counter(), 0, 0.0, list[float]()
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of the run, what came before a resume included."""
+        return self.before + time.perf_counter() - self.start
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around the wait for a batch."""
+        began = time.perf_counter()
+        yield
+        self.waits += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around what is not training: validation, pictures, checkpoints."""
+        began = time.perf_counter()
+        yield
+        self.began += time.perf_counter() - began
+
+    def add(self, loss: Tensor) -> None:
+        """The loss of one more step."""
+        self.unread.append(loss)
+        self.steps += 1
+
+    def read(self, losses: Sequence[float]) -> None:
+        """The values of the unread losses."""
+        self.losses += losses
+        self.unread.clear()
+
+    def progress(self, step: int) -> State:
+        """Since the last row."""
+        if self.steps:
+            seconds = max(time.perf_counter() - self.began, 1e-9)
+            loss = self.losses[-1] if self.losses else self.last.loss
+            self.last = State(step, loss, self.steps * self.batch / seconds, self.waits / seconds)
+        return self.last._replace(step=step)
+
+    def row(self, step: int) -> dict[str, Any]:
+        """The row of metrics.jsonl that ends with ``step``; the next begins."""
+        state = self.progress(step)
+        loss = sum(self.losses) / len(self.losses)
+        self.waited, self.worked = self.waited + self.waits, self.worked + time.perf_counter() - self.began
+        self._open()
+        return {
+            "step": step,
+            "loss": round(loss, 5),
+            "images_per_second": round(state.images_per_second, 3),
+            "waiting": round(state.waiting, 4),
+            "seconds": round(self.seconds, 3),
+        }

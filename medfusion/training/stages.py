@@ -1,0 +1,168 @@
+"""What the loop can train: the diffusion network, and before it, for latent diffusion, the autoencoder."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from medfusion.config import Config
+from medfusion.data.crops import Case, Crop, mean_atlas
+from medfusion.errors import MedfusionError
+from medfusion.networks import Autoencoder, ResidualUNet, adopt, on_latents
+from medfusion.networks.residual_unet import ATLAS, ATLAS_REACH
+from medfusion.prior import Prior, build_autoencoder, build_network
+from medfusion.training.batches import Samples, Shown
+from medfusion.training.evaluate import (
+    denoising_psnr,
+    picture,
+    reconstruction_picture,
+    reconstruction_psnr,
+    validation_loss,
+)
+from medfusion.training.objective import autoencoder_loss, batch_loss
+
+SCALED_BY = 32  # crops from which the spread of the latents is measured
+
+
+class Stage(Protocol):
+    """One network's training; ``config.training`` are its settings."""
+
+    @property
+    def config(self) -> Config:
+        """All settings."""
+
+    @property
+    def folder(self) -> str:
+        """Of its checkpoint and pictures, within that of the run."""
+
+    def build(self) -> nn.Module:
+        """The network, freshly initialised."""
+
+    def begin(self, network: Any, cases: Sequence[Case]) -> None:
+        """Give it its first weights, where they are not random."""
+
+    def loss(self, network: nn.Module, shown: Shown) -> Tensor:
+        """(b,), of a batch on the network's device."""
+
+    def validate(self, network: Any, crops: Sequence[Crop]) -> dict[str, float]:
+        """What is written to metrics.jsonl about the averaged network."""
+
+    def draw(self, network: Any, crops: Sequence[Crop], path: Path) -> None:
+        """A picture for people."""
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The network of a prior, on voxels or on the latents of a trained autoencoder."""
+
+    config: Config
+    autoencoder: Autoencoder | None = None
+    folder: str = ""
+
+    def build(self) -> ResidualUNet:
+        """As ``Stage``."""
+        network = build_network(self.config)
+        network.recompute = self.config.training.recompute
+        return network
+
+    def begin(self, network: ResidualUNet, cases: Sequence[Case]) -> None:
+        """The weights of ``training.start``, and the atlas of the scans.
+
+        Raises
+        ------
+        MedfusionError : ``training.start`` has other layers.
+        """
+        if self.config.training.start:
+            try:
+                adopt(network, Prior.load(self.config.training.start).network)
+            except ValueError as error:
+                raise MedfusionError(
+                    f"training.start: {error}",
+                    fix="take channels and blocks from its card, or leave training.start out",
+                ) from error
+        if network.located:
+            network.atlas.copy_(mean_atlas(cases, ATLAS, ATLAS_REACH))
+
+    def loss(self, network: nn.Module, shown: Shown) -> Tensor:
+        """As ``Stage``."""
+        if self.autoencoder is not None:
+            context, labels = on_latents(shown.crop.context, shown.crop.labels, self.autoencoder.factor)
+            assert context is not None
+            image = self.prior(network).encode(shown.crop.image)
+            shown = shown._replace(crop=Crop(image, context, labels, shown.crop.class_index))
+        return batch_loss(network, self.config, shown)
+
+    def validate(self, network: ResidualUNet, crops: Sequence[Crop]) -> dict[str, float]:
+        """Loss at each of some times."""
+        return validation_loss(lambda shown: self.loss(network, shown), self.config, crops, self.prior(network).device)
+
+    def draw(self, network: ResidualUNet, crops: Sequence[Crop], path: Path) -> None:
+        """Clean, noisy, denoised slices and samples."""
+        picture(self.prior(network), crops, path)
+
+    def decibels(self, network: ResidualUNet, crops: Sequence[Crop]) -> dict[str, Any]:
+        """What the card says of held-out crops: denoised, or for latents rebuilt by the autoencoder."""
+        if self.autoencoder is not None:
+            return {"reconstruction_psnr": reconstruction_psnr(self.autoencoder, crops)}
+        return {"denoising_psnr": denoising_psnr(self.prior(network), crops)}
+
+    def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> Prior:
+        """The prior with this network."""
+        return Prior(self.config, network, provenance or {}, self.autoencoder)
+
+
+@dataclass(frozen=True)
+class Autoencoding:
+    """The autoencoder of a latent prior; made by ``autoencoding``, which gives it settings of its own."""
+
+    config: Config
+    folder: str = "autoencoder"
+
+    def build(self) -> Autoencoder:
+        """As ``Stage``."""
+        network = build_autoencoder(self.config)
+        assert network is not None
+        return network
+
+    def begin(self, network: Autoencoder, cases: Sequence[Case]) -> None:
+        """Nothing: the weights are random."""
+
+    def loss(self, network: nn.Module, shown: Shown) -> Tensor:
+        """As ``Stage``."""
+        return autoencoder_loss(network, self.config, shown)
+
+    def validate(self, network: Autoencoder, crops: Sequence[Crop]) -> dict[str, float]:
+        """PSNR of what it rebuilds."""
+        return {"reconstruction_psnr": reconstruction_psnr(network, crops)}
+
+    def draw(self, network: Autoencoder, crops: Sequence[Crop], path: Path) -> None:
+        """Clean and rebuilt slices."""
+        reconstruction_picture(network, crops, path)
+
+    @torch.no_grad()
+    def scaled(self, network: Autoencoder, samples: Samples) -> Autoencoder:
+        """The network with latents of unit variance."""
+        crops = [samples[number].crop.image[None].to(network.scale.device) for number in range(SCALED_BY)]
+        network.scale.fill_(1.0)
+        network.scale.fill_(1 / torch.cat([network.encode(crop) for crop in crops]).std())
+        return network
+
+
+def autoencoding(config: Config) -> Autoencoding:
+    """The first stage of latent diffusion: its own steps, batch and rate, all else as in ``config.training``."""
+    own = config.autoencoder
+    assert own is not None
+    settings = {"steps": own.steps, "batch": own.batch, "learning_rate": own.learning_rate}
+    fixed = {"optimizer": "adamw", "start": "", "recompute": False}
+    return Autoencoding(config.model_copy(update={"training": config.training.model_copy(update=settings | fixed)}))
+
+
+def with_settings(stage: Stage, section: str, **changes: object) -> Stage:
+    """The same stage with other settings in a section of its config."""
+    changed = getattr(stage.config, section).model_copy(update=changes)
+    return replace(stage, config=stage.config.model_copy(update={section: changed}))  # type: ignore[type-var]

@@ -1,0 +1,165 @@
+"""Latent diffusion: an autoencoder first, then the diffusion on its latents; one command, one file, one resume."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from prior_factory import grid, head, random_prior, saved, tiny_config
+from torch.distributions import Normal, kl_divergence
+from toy_runs import assert_same_run, rows, toy_cases
+
+from medfusion.config import Config
+from medfusion.data.crops import Case, Crop
+from medfusion.errors import MedfusionError
+from medfusion.networks import Autoencoder, on_latents
+from medfusion.prior import Prior
+from medfusion.tasks.augment import generate_volume
+from medfusion.tasks.denoise import denoise_volume
+from medfusion.tasks.detect import detect_volume
+from medfusion.training import train
+from medfusion.training.batches import Samples, Shown
+from medfusion.training.objective import autoencoder_loss
+from medfusion.training.stages import autoencoding
+from medfusion.volume import Volume
+
+TIME = torch.tensor([0.3], dtype=torch.float64)
+
+
+def latent_config(**autoencoder: int) -> Config:
+    shape = {"channels": (8, 16), "latents": 2, "steps": 4, "batch": 1, "learning_rate": 3e-3} | autoencoder
+    return Config.model_validate(tiny_config().model_dump() | {"autoencoder": shape})
+
+
+@pytest.fixture(scope="module")
+def cases() -> list[Case]:
+    return toy_cases()
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, cases: list[Case]) -> tuple[Prior, Path]:
+    out = tmp_path_factory.mktemp("latent")
+    return train(cases, latent_config(), out, data="five phantoms", device="cpu"), out
+
+
+def test_one_run_leaves_one_prior_with_its_autoencoder(trained: tuple[Prior, Path]) -> None:
+    prior, out = trained
+    assert [row["step"] for row in rows(out / "autoencoder") if "loss" in row] == [2, 4]
+    assert imread(out / "autoencoder" / "pictures" / "step_0000004.png").shape[:2] == (16, 32)
+    assert imread(out / "pictures" / "step_0000004.png").shape[:2] == (16, 64)
+    again, x = Prior.load(out / "prior.safetensors"), torch.randn(1, 1, 17, 15, 22)
+    assert again.autoencoder is not None
+    latents = prior.encode(x)
+    assert latents.shape == (1, 2, 9, 8, 11)
+    torch.testing.assert_close(again.encode(x), latents, atol=0.02, rtol=0.02)  # half precision on the disk
+    assert again.decode(latents, x.shape[2:]).shape == x.shape
+    assert prior.denoiser(torch.zeros(1, 4, 9, 8, 11))(latents, TIME).shape == latents.shape
+    card = (out / "card.md").read_text()
+    assert f"rebuilt at {prior.provenance['reconstruction_psnr']:.2f} dB" in card
+    assert "Denoising" not in card
+
+
+def test_latents_have_unit_variance_over_the_training_crops(trained: tuple[Prior, Path], cases: list[Case]) -> None:
+    prior, _ = trained
+    crops = torch.stack([Samples(cases[:4], prior.config)[number].crop.image for number in range(64)])
+    assert float(prior.encode(crops).std()) == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("step", [2, 5], ids=["in the autoencoder", "in the diffusion"])
+def test_an_interrupted_run_is_resumed_in_either_stage(
+    tmp_path: Path, trained: tuple[Prior, Path], cases: list[Case], step: int
+) -> None:
+    def interrupt(state) -> None:
+        if state.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cases, latent_config(), tmp_path, device="cpu", progress=interrupt)
+    assert (tmp_path / "checkpoint.pt").exists() == (step > 4)
+    seen: list[int] = []
+    train(cases, latent_config(), tmp_path, device="cpu", resume=True, progress=lambda state: seen.append(state.step))
+    assert seen == list(range(step + 1, 9))
+    _, unbroken = trained
+    assert_same_run(tmp_path, unbroken)
+    assert_same_run(tmp_path / "autoencoder", unbroken / "autoencoder")
+
+
+def test_a_new_run_is_not_resumed_from_the_diffusion_of_an_earlier_one(tmp_path: Path, cases: list[Case]) -> None:
+    train(cases, latent_config(), tmp_path, device="cpu")
+
+    def interrupt(state) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cases, latent_config(), tmp_path, device="cpu", progress=interrupt)
+    assert not (tmp_path / "checkpoint.pt").exists()
+    with pytest.raises(MedfusionError, match="another config"):
+        train(cases, latent_config(blocks=2), tmp_path, device="cpu", resume=True)
+
+
+def test_the_autoencoder_learns_to_rebuild(tmp_path: Path, cases: list[Case]) -> None:
+    prior = train(cases, latent_config(steps=300), tmp_path, device="cpu")
+    assert prior.provenance["reconstruction_psnr"] > 16  # the mean of the crop alone reaches 14.2
+
+
+def test_its_loss_is_absolute_error_and_divergence() -> None:
+    config, generator = latent_config(), torch.Generator().manual_seed(0)
+    network = Autoencoder((8, 16), 1, 2)
+    image, noise = (torch.randn(2, c, n, n, n, generator=generator) for c, n in ((1, 16), (2, 8)))
+    crop = Crop(image, torch.zeros(2, 4, 8, 8, 8), None, torch.full((2,), -1))
+    loss = autoencoder_loss(network, config, Shown(crop, noise, torch.ones(2)))
+    mean, deviation = network.kl.encode(image)
+    rebuilt = network.kl.decode(mean + deviation * noise)
+    nats = kl_divergence(Normal(mean, deviation), Normal(0.0, 1.0)).flatten(1).sum(1)
+    expected = (rebuilt - image).abs().flatten(1).mean(1) + config.autoencoder.kl_weight * nats
+    torch.testing.assert_close(loss, expected, rtol=0.02, atol=0.02)  # bfloat16 where it is native
+
+
+def test_what_is_known_lies_on_the_latents() -> None:
+    line = torch.arange(6.0).view(1, 1, 6, 1, 1).expand(1, 1, 6, 6, 6)
+    labels = torch.arange(11).view(1, 11, 1, 1).expand(1, 11, 12, 12)
+    context, middles = on_latents(line, labels, 4)
+    assert context is not None
+    assert middles is not None
+    assert context[0, 0, :, 0, 0].tolist() == [1.5, 4.5]
+    assert middles[0, :, 0, 0].tolist() == [2, 6, 10]
+    assert middles.shape == (1, 3, 3, 3)
+    assert on_latents(None, None, 4) == (None, None)
+
+
+def test_labels_and_positions_may_be_told() -> None:
+    config = latent_config().model_dump()
+    config["network"] |= {"labels": 3}
+    config["data"] |= {"labels": "*_seg.nii.gz"}
+    plain = random_prior(config=Config.model_validate(config))
+    prior = Prior(plain.config, plain.network, {}, autoencoding(plain.config).build().requires_grad_(False))
+    x = prior.encode(torch.randn(1, 1, 20, 16, 18))
+    labels = torch.randint(0, 3, (1, 20, 16, 18))
+    told = prior.denoiser(torch.randn(1, 4, 10, 8, 9), labels)(x, TIME)
+    assert told.shape == x.shape == (1, 2, 10, 8, 9)
+    assert not torch.allclose(told, prior.denoiser()(x, TIME))
+
+
+def test_tasks_work_on_latents_or_say_that_they_do_not(trained: tuple[Prior, Path], tmp_path: Path) -> None:
+    prior, _ = trained
+    affine, shape = grid((41, 40, 38)), (41, 40, 38)
+    scan = Volume(head(affine, shape, noise=5), affine, "scan")
+    assert generate_volume(scan, prior, name="new", steps=2).shape == shape
+    anomaly = detect_volume(scan, prior, steps=2, samples=2).anomaly
+    assert anomaly.shape == shape
+    assert np.isfinite(anomaly.array).all()
+    with pytest.raises(MedfusionError, match="a latent prior does not denoise"):
+        denoise_volume(scan, prior)
+    assert Prior.load(saved(prior, tmp_path)).name == "tiny"
+
+
+def test_memory_of_both_stages_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cases: list[Case]) -> None:
+    from medfusion.training import memory
+
+    monkeypatch.setattr(memory, "available", lambda device: 1000)
+    with pytest.raises(MedfusionError, match="a training step needs about") as error:
+        train(cases, latent_config(batch=4), tmp_path, device="cpu")
+    assert "training.batch" not in error.value.facts
