@@ -1,0 +1,70 @@
+"""The benchmarks of training run at toy size and report what they measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+from prior_factory import CENTRE, grid, head
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+CONFIG = """
+name: tiny
+network: {channels: [8, 16], blocks: [1, 1]}
+data: {images: "*_T1.nii.gz", masks: "*_labels.nii.gz"}
+"""
+
+
+def run(script: str, *options: str, data: Path) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), *options]
+    environment = os.environ | {"MEDFUSION_DATA": str(data), "COLUMNS": "140"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def write_scan(folder: Path, number: int) -> None:
+    """A phantom head, and as its label map the ball inside it."""
+    affine, shape = grid((32, 34, 36), axes="PSR"), (32, 34, 36)
+    world = nibabel.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    brain = np.linalg.norm(world - CENTRE, axis=-1) < 20
+    for ending, array in (("T1", head(affine, shape, noise=5, seed=number)), ("labels", brain)):
+        nibabel.save(nibabel.Nifti1Image(array.astype(np.int16), affine), folder / f"case{number}_{ending}.nii.gz")
+
+
+def test_our_loop_beside_the_tutorials(tmp_path: Path) -> None:
+    pytest.importorskip("einops")
+    scans = tmp_path / "ixi_t1_2mm" / "train"
+    scans.mkdir(parents=True)
+    for number in range(5):
+        write_scan(scans, number)
+    config = tmp_path / "tiny.yaml"
+    config.write_text(CONFIG)
+    sizes = ("--minutes", "0.03", "--crop", "16", "--channels", "32", "32", "--scans", "4")
+    table = run("training.py", *sizes, "--config", str(config), "--out", str(tmp_path / "out"), data=tmp_path)
+    assert table.count(", bar ") == 4
+    report = json.loads((tmp_path / "out" / "training.json").read_text())
+    ours, theirs = report["ours"], report["MONAI tutorial"]
+    for row in (ours, theirs):
+        assert row["steps"] >= 1
+        assert 0 <= row["waiting"] < 1
+        assert 0 < row["share of peak"] < 1
+        assert row["memory"] > 2**27
+    assert theirs["seconds"] >= ours["seconds"]
+    assert report["gain"]["voxels/s"] == pytest.approx(ours["voxels/s"] / theirs["voxels/s"])
+    for level, pair in ours["psnr"].items():
+        assert pair["noisy"] == pytest.approx(-20 * np.log10(float(level)), abs=0.2)
+        assert pair["noisy"] == theirs["psnr"][level]["noisy"]
+        assert report["gain"][level] == pytest.approx(pair["denoised"] - theirs["psnr"][level]["denoised"])
+
+
+def test_cost_of_a_step(tmp_path: Path) -> None:
+    printed = run("training_cost.py", "--crops", "16", "--channels", "8,16", "--repeats", "1", data=tmp_path)
+    head, _, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines())
+    assert row[:3] == ["16^3", "8, 16", "0.1 M"]
+    assert len(row) == len(head)
+    assert all(float(cell) > 0 for cell in row[3:5])
