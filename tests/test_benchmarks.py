@@ -36,14 +36,20 @@ def write_scan(folder: Path, number: int) -> None:
         nibabel.save(nibabel.Nifti1Image(array.astype(np.int16), affine), folder / f"case{number}_{ending}.nii.gz")
 
 
-def test_our_loop_beside_the_tutorials(tmp_path: Path) -> None:
-    pytest.importorskip("einops")
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A tiny config, and beside it the scans where the benchmarks look for them."""
     scans = tmp_path / "ixi_t1_2mm" / "train"
     scans.mkdir(parents=True)
     for number in range(5):
         write_scan(scans, number)
-    config = tmp_path / "tiny.yaml"
-    config.write_text(CONFIG)
+    path = tmp_path / "tiny.yaml"
+    path.write_text(CONFIG)
+    return path
+
+
+def test_our_loop_beside_the_tutorials(tmp_path: Path, config: Path) -> None:
+    pytest.importorskip("einops")
     sizes = ("--minutes", "0.03", "--crop", "16", "--channels", "32", "32", "--scans", "4")
     table = run("training.py", *sizes, "--config", str(config), "--out", str(tmp_path / "out"), data=tmp_path)
     assert table.count(", bar ") == 4
@@ -60,6 +66,18 @@ def test_our_loop_beside_the_tutorials(tmp_path: Path) -> None:
         assert pair["noisy"] == pytest.approx(-20 * np.log10(float(level)), abs=0.2)
         assert pair["noisy"] == theirs["psnr"][level]["noisy"]
         assert report["gain"][level] == pytest.approx(pair["denoised"] - theirs["psnr"][level]["denoised"])
+
+
+def test_designs_get_the_same_flops(tmp_path: Path, config: Path) -> None:
+    chosen = ("as in the config", "crop 48, batch 2", "batch 3")
+    config.write_text(CONFIG.replace("{images", "{crop: 32, images") + "training: {batch: 6}\n")
+    options = ("--steps", "2", "--config", str(config), "--out", str(tmp_path / "out"), "--only", *chosen)
+    printed = run("design.py", *options, data=tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "out" / "design.jsonl").read_text().splitlines()]
+    assert [row["design"] for row in rows] == list(chosen)
+    assert [row["steps"] for row in rows] == [2, 2, 4]  # 2 x 48^3 voxels are 1.1 times 6 x 32^3
+    assert all(10 < row["0.05"] < 40 for row in rows)
+    assert all(name in printed for name in chosen)
 
 
 def test_cost_of_a_step(tmp_path: Path) -> None:

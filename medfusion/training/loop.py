@@ -298,7 +298,7 @@ class _Run:
             "training_scans": len(set(self.scans)),
             "validation_scans": len({case.name for case in self.validation}),
             "steps": self.config.training.steps,
-            "hours": round(self.meter.seconds / 3600, 2),
+            "hours": round(self.meter.seconds / 3600, 4),
             "device": f"{self.accelerator.num_processes} x {name}",
             "arithmetic": _arithmetic(self.device),
             "waiting_for_data": round(self.meter.waited / max(self.meter.worked, 1e-9), 4),
