@@ -50,10 +50,11 @@ VARIANTS: dict[str, list[str]] = {
 
 def learn(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     """Train one variant and judge it."""
-    _, judged = split(discover(folder(), pattern="*_T1.nii.gz"), JUDGED, 0)
-    changes = [f"data.validation={len(judged)}", *SHORT, *VARIANTS[name]]
+    changes = [f"data.validation={JUDGED}", *SHORT, *VARIANTS[name]]
     # one cache for all: what is prepared does not depend on what is varied
     cases, _ = load_cases(folder(), load_config(arguments.config, changes), cache=arguments.out / "cache")
+    held_out = {case.name for case in split(cases, JUDGED, 0)[1]}
+    judged = [series for series in discover(folder(), pattern="*_T1.nii.gz") if series.name in held_out]
     steps = round(arguments.steps * flops_a_step(arguments.config, []) / flops_a_step(arguments.config, VARIANTS[name]))
     changes += [f"training.steps={steps}", f"training.validate_every={steps}", f"training.checkpoint_every={steps}"]
     out = arguments.out / name.replace(" ", "_")

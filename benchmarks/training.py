@@ -101,6 +101,8 @@ def ours(arguments: argparse.Namespace) -> Row:
     began = time.perf_counter()
     cases, _ = load_cases(folder(), load_config(arguments.config, changes), cache=cache, exclude=others)
     prepared = time.perf_counter() - began
+    if {case.name for case in split(cases, len(judged), 0)[1]} != {series.name for series in judged}:
+        raise SystemExit("some of the scans are copies of others: the two loops would hold out different ones")
     timing, steps = steps_that_fit(cases, changes, arguments)
     config = load_config(arguments.config, [*changes, f"training.steps={steps}", f"training.validate_every={steps}"])
     prior = train(cases, config, arguments.out / "ours", data="IXI", device=arguments.device)

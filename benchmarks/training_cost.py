@@ -25,7 +25,7 @@ import torch
 from medfusion.config import Config
 from medfusion.data.crops import Crop
 from medfusion.networks.residual_unet import CONTEXT
-from medfusion.training.batches import Shown
+from medfusion.training.batches import Sample
 from medfusion.training.memory import available, step_bytes
 from medfusion.training.optimizer import build_optimizers
 from medfusion.training.stages import Diffusion
@@ -56,7 +56,7 @@ def measure(config: Config, device: torch.device, repeats: int) -> Cost | None:
     average, optimizers = deepcopy(network), build_optimizers(network, config.training)
     if config.training.compile:
         network.compile()
-    shown, seconds = random_crop(config.data.crop).to(device), []
+    shown, seconds = random_crop(config.data.crop).shown(device, config.diffused), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
         for optimizer in optimizers:
@@ -74,11 +74,11 @@ def measure(config: Config, device: torch.device, repeats: int) -> Cost | None:
     return Cost(parameters, statistics.median(seconds[1:]), seconds[0], memory, predicted)
 
 
-def random_crop(edge: int) -> Shown:
+def random_crop(edge: int) -> Sample:
     """A batch of one; its values do not matter."""
     image, context = torch.randn(1, 1, edge, edge, edge), torch.zeros(1, CONTEXT, *[edge // 2] * 3)
     crop = Crop(image, context, None, torch.tensor([-1]))
-    return Shown(crop, torch.randn_like(image), torch.tensor([0.2]))
+    return Sample(crop, torch.tensor([0]), torch.tensor([0.2]))
 
 
 def high_water() -> int:

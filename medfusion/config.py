@@ -25,7 +25,7 @@ class ProcessConfig(Strict):
     schedule: Literal["linear", "scaled_linear", "sigmoid", "cosine"] = "cosine"  # of vp and sub-vp
     sigma_min: float = Field(0.01, gt=0)  # of ve, as sigma_max, in units of the images, which go from -1 to +1
     sigma_max: float = Field(50.0, gt=0)
-    steps: int = Field(1000, ge=2)
+    steps: int = Field(1000, ge=2)  # noise levels of the discrete chain, whatever the length of the training
     prediction: Literal["epsilon", "x0", "v", "score", "edm"] = "v"
     learned_variance: bool = False  # of the reverse steps; trained by the objective "hybrid"
     sigma_data: float = Field(0.7, gt=0)  # standard deviation of the images, used by "edm"
@@ -42,9 +42,10 @@ class NetworkConfig(Strict):
 
     channels: tuple[PositiveInt, ...] = Field((48, 96, 128, 160), min_length=1)
     blocks: tuple[PositiveInt, ...] = Field((2, 2, 1, 1), min_length=1)
-    located: bool = True  # shown where in the head a voxel lies, and the mean head there; off for patches of anything
+    located: bool = True  # shown where in the head a voxel lies, and the mean head there (to 128 mm); off elsewhere
     labels: int = Field(0, ge=0)  # values of the label map it is shown, 0 (background) included; 0: no label map
-    classes: tuple[str, ...] = ()  # names of the classes it is told, as in the column of data.classes
+    # names of the classes it is told, as in the column of data.classes
+    classes: tuple[Annotated[str, Field(coerce_numbers_to_str=True)], ...] = ()
 
     @model_validator(mode="after")
     def _one_block_count_a_level(self) -> NetworkConfig:
@@ -93,7 +94,7 @@ class DataConfig(Strict):
     stripped_share: float = Field(0.3, ge=0, le=1)  # of the crops, when masks are given
     located_share: float = Field(0.7, ge=0, le=1)  # of the crops that know their position, if the network is located
     withheld_share: float = Field(0.15, ge=0, le=1)  # of the crops whose labels and class are not shown: for guidance
-    zoomed_share: float = Field(0.25, ge=0, le=1)  # of the crops without position: finer voxels, down to half
+    zoomed_share: float = Field(0.25, ge=0, le=1)  # of the crops without position: enlarged up to twice
     remapped_share: float = Field(0.0, ge=0, le=1)  # of the crops that get another contrast by a random curve
     painted_share: float = Field(0.0, ge=0, le=1)  # of the crops that get another contrast region by region
     flips: Literal["x", "xyz"] = "x"  # x: left and right alone
@@ -113,7 +114,7 @@ class TimesConfig(Strict):
     """Noise levels of the training: some about the noise of real scans, the others anywhere in the process."""
 
     lognormal_share: float = Field(0.6, ge=0, le=1)  # of the crops; the others have t uniform
-    median: float = Field(0.25, gt=0)  # noise ratio; scans go from -1 to +1, so 0.25 is 12 % of their range
+    median: float = Field(0.25, gt=0)  # standard deviation of the noise; scans go from -1 to +1, so this is 12 %
     spread: float = Field(1.0, gt=0)  # standard deviation of the log of the noise ratio
 
 
@@ -129,13 +130,13 @@ class TrainingConfig(Strict):
     accumulate: int = Field(1, ge=1)  # parts in which a device does its share of the batch: less memory, same result
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(6e-4, gt=0)
-    warmup: int = Field(100, ge=1)  # steps; a cosine to a thousandth follows
-    ema_half_life: int = Field(1000, ge=1)  # in images
+    warmup: int = Field(100, ge=1)  # steps on which the rate rises; a cosine to a thousandth follows
+    ema_half_life: int = Field(1000, ge=1)  # of the averaged weights, which are the prior's; in crops
     recompute: bool = False  # activations in the backward pass: large crops in half the memory for a third more time
     compile: bool = False  # see docs/training.md for where it pays
     checkpoint_every: int = Field(200, ge=1)  # steps
     validate_every: int = Field(600, ge=1)  # steps: losses on held-out scans, a picture
-    seed: int = 0
+    seed: int = Field(0, ge=0)
 
 
 class Config(Strict):
@@ -205,17 +206,24 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     if "base" not in tree:
         return tree
     base = _read_tree(path.parent / str(tree.pop("base")), (*above, path))
-    sections = {
-        name: base[name] | value if isinstance(value, dict) and isinstance(base.get(name), dict) else value
-        for name, value in tree.items()
-    }
-    return base | sections
+    about_the_data = {"licence", "notes"}  # of the base, which the scans of another config need not be
+    return _over({name: value for name, value in base.items() if name not in about_the_data}, tree)
+
+
+def _over(base: dict[str, Any], tree: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with the settings of ``tree`` put over it, section by section."""
+    merged = dict(base)
+    for name, value in tree.items():
+        below = base.get(name)
+        merged[name] = _over(below, value) if isinstance(value, dict) and isinstance(below, dict) else value
+    return merged
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Read a YAML file and apply overrides such as ``training.steps=50``.
 
-    A file that begins with ``base: other.yaml`` says only where it differs from the other, which lies beside it.
+    A file with the line ``base: other.yaml``, a path from where it lies, says only where it differs from the other;
+    licence and notes are not taken over.
 
     Raises
     ------

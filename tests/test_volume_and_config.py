@@ -64,13 +64,19 @@ def test_bad_configs_are_refused_by_field(tmp_path, text, overrides, message):
 
 
 def test_a_config_may_say_only_where_it_differs_from_another(tmp_path):
-    (tmp_path / "first.yaml").write_text("name: first\ntraining: {steps: 7, batch: 4}\ndata: {crop: 32}\nnotes: mine")
+    (tmp_path / "first.yaml").write_text(
+        "name: first\ntraining: {steps: 7, batch: 4, times: {spread: 0.5}}\ndata: {crop: 32}\nnotes: mine\nlicence: CC0"
+    )
     (tmp_path / "second.yaml").write_text("base: first.yaml\nname: second\ntraining: {steps: 9}")
-    (tmp_path / "third.yaml").write_text("base: second.yaml\nname: third\ndata: {crop: 48}\nnotes: ''")
+    (tmp_path / "third.yaml").write_text(
+        "base: second.yaml\nname: third\ndata: {crop: 48}\ntraining: {times: {median: 0.1}}\nnotes: its own"
+    )
     third = load_config(tmp_path / "third.yaml", ["training.seed=5"])
-    assert (third.name, third.notes, third.data.crop) == ("third", "", 48)
+    assert (third.name, third.notes, third.data.crop) == ("third", "its own", 48)
     assert (third.training.steps, third.training.batch, third.training.seed) == (9, 4, 5)
-    assert load_config(tmp_path / "second.yaml").data.crop == 32
+    assert (third.training.times.median, third.training.times.spread) == (0.1, 0.5)
+    second = load_config(tmp_path / "second.yaml")
+    assert (second.data.crop, second.notes, second.licence) == (32, "", "")  # other scans may be meant
 
 
 @pytest.mark.parametrize(
@@ -101,3 +107,9 @@ def test_settings_that_exclude_each_other_are_refused(tmp_path, overrides, messa
     with pytest.raises(MedfusionError) as caught:
         load_config(tmp_path / "c.yaml", overrides)
     assert message in str(caught.value)
+
+
+def test_classes_may_be_numbers(tmp_path):
+    (tmp_path / "c.yaml").write_text("name: x")
+    config = load_config(tmp_path / "c.yaml", ["network.classes=[0, 1]", "data.classes=../c.csv"])
+    assert config.network.classes == ("0", "1")

@@ -165,7 +165,9 @@ def train_command(
     config: Annotated[Path, typer.Argument(help="A YAML file, see configs/.")],
     data: Annotated[Path, typer.Option(help="Folder of NIfTI files or DICOM series.")],
     out: Annotated[Path, typer.Option(help="Folder for prior.safetensors, metrics.jsonl and the checkpoint.")],
-    set: Annotated[list[str] | None, typer.Option("--set", help="Override a setting, e.g. training.steps=500.")] = None,
+    set: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a setting, e.g. training.steps=500; may be repeated.")
+    ] = None,
     cache: Annotated[
         Path | None, typer.Option(help="Folder of prepared scans, which runs may share; default: OUT/cache.")
     ] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -62,7 +63,17 @@ def train_prior(
     if rank == 0:
         audit.save(out / "audit.csv")
     _show(console, audit)
-    finished = _train(console, cases, config, out, data=data.name, resume=resume, device=device, workers=workers)
+    name = "/".join(data.resolve().parts[-2:])  # imagesTr alone would say little
+    finished = _train(
+        console,
+        cases,
+        config,
+        out,
+        data=name,
+        resume=resume,
+        device=device,
+        workers=workers,
+    )
     if rank == 0:
         record = {
             "command": "train",
@@ -158,12 +169,14 @@ def _bar(console: Console, steps: int) -> Iterator[Callable[[State], None]]:
     """A progress bar with the smoothed loss on a terminal, a line now and then elsewhere."""
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    average = 0.0
+    average, seen = 0.0, 0
 
     def smooth(state: State) -> str:
-        nonlocal average
-        weight = max(0.02, 1 / state.step)
-        average += weight * (state.loss - average) if average else state.loss
+        nonlocal average, seen
+        if math.isnan(state.loss):  # not read yet: a GPU is asked every few steps
+            return "loss ..."
+        seen += 1
+        average += max(0.02, 1 / seen) * (state.loss - average)
         waits = f"  waiting for data {state.waiting:.0%}" if state.waiting >= 0.01 else ""
         return f"loss {average:.4f}  {state.images_per_second:.3g} images/s{waits}"
 

@@ -37,6 +37,7 @@ class Case:
     """One scan as the prior sees it: (d, h, w) half precision, RAS axes, scaled; plus what its context is made of.
 
     ``labels`` are its label map on the same grid (uint8 or int16), ``class_index`` its class or UNKNOWN.
+    ``resident`` is the image again, on the device that trains, where it was moved there.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Case:
     kind: float
     labels: Tensor | None = None
     class_index: int = UNKNOWN
+    resident: Tensor | None = None
 
 
 class Crop(NamedTuple):
@@ -169,8 +171,8 @@ def _draw_crop(case: Case, config: DataConfig, rng: np.random.Generator, located
     located = bool(located and rng.random() < config.located_share)
     zoomed = not located and rng.random() < config.zoomed_share
     size = int(rng.integers(edge // 2, edge)) if zoomed else edge
-    image = _at_least(case.image, size)
-    corner, place = _place(image, size, rng)
+    corner, place = _place(_at_least(case.image, size), size, rng)
+    image = _at_least(case.image if case.resident is None else case.resident, size)
     crop = image[place].float()
     labels = None if case.labels is None else _at_least(case.labels, size)[place]
     crop = _other_contrast(crop, labels, config, rng)
@@ -190,11 +192,14 @@ def _draw_crop(case: Case, config: DataConfig, rng: np.random.Generator, located
 
 
 def _place(image: Tensor, size: int, rng: np.random.Generator) -> tuple[list[int], tuple[slice, ...]]:
-    """A random cube of ``size`` voxels in ``image``, not all of it air if ten tries find such a one."""
+    """A random cube of ``size`` voxels in ``image``, not all of it air if ten tries find such a one.
+
+    The image is on the CPU: a question to a GPU would wait for all that it has queued.
+    """
     for _ in range(10):
         corner = [int(rng.integers(n - size + 1)) for n in image.shape]
         place = tuple(slice(c, c + size) for c in corner)
-        if image[place].mean(dtype=torch.float32) > AIR:
+        if image[place][::4, ::4, ::4].mean(dtype=torch.float32) > AIR:
             break
     return corner, place
 

@@ -3,7 +3,7 @@
 from medfusion.io.derived import write_derived_series
 from medfusion.io.discover import discover, read
 from medfusion.io.nifti import write_nifti
-from medfusion.io.output import staged
+from medfusion.io.output import disk_full_told, staged
 from medfusion.io.series import Series
 
-__all__ = ["Series", "discover", "read", "staged", "write_derived_series", "write_nifti"]
+__all__ = ["Series", "discover", "disk_full_told", "read", "staged", "write_derived_series", "write_nifti"]

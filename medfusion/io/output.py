@@ -38,20 +38,33 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
     try:
-        yield beside
-        _rename(beside, path)
+        with disk_full_told(path, beside):
+            yield beside
+            _rename(beside, path)
+    finally:
+        _remove(beside)
+
+
+@contextmanager
+def disk_full_told(path: Path, beside: Path | None = None) -> Iterator[None]:
+    """Around writing ``path``, or ``beside`` in its place.
+
+    Raises
+    ------
+    MedfusionError : the disk is full.
+    """
+    try:
+        yield
     except OSError as error:
         if not _disk_full(error):
             raise
         raise MedfusionError(
             f"{path.name}: no space left to write it",
             path=path,
-            written=_size(_bytes_in(beside)),
+            written=_size(_bytes_in(beside or path)),
             free=_size(shutil.disk_usage(path.parent).free),
             fix="free some space or choose an output folder on another disk",
         ) from error
-    finally:
-        _remove(beside)
 
 
 def check_output(out: Path, inputs: Path) -> None:

@@ -25,38 +25,48 @@ MOST_WORKERS = 8
 
 
 class Shown(NamedTuple):
-    """A batch and what is done to it: crop, noise (b, c, d, h, w) as of ``Config.diffused``, times (b,)."""
+    """A batch and what is done to it: crop, noise (b, c, d, h, w) as of ``Config.diffused``, times (b,) on the CPU."""
 
     crop: Crop
     noise: Tensor
     t: Tensor
 
-    def to(self, device: torch.device) -> Shown:
-        """Every tensor on ``device``."""
+
+class Sample(NamedTuple):
+    """A crop, the seed of its noise and its time; or a batch of them."""
+
+    crop: Crop
+    seed: Tensor
+    t: Tensor
+
+    def shown(self, device: torch.device, diffused: tuple[int, int]) -> Shown:
+        """A batch on ``device``; the noise is drawn there, whoever fetched the crops and wherever the scans lie."""
 
         def move(tensor: Tensor) -> Tensor:
             return tensor.to(device, non_blocking=True)
 
         image, context, labels, class_index = self.crop
         crop = Crop(move(image), move(context), None if labels is None else move(labels), move(class_index))
-        return Shown(crop, move(self.noise), move(self.t))
+        channels, edge = diffused
+        noise = [
+            torch.randn(channels, edge, edge, edge, generator=torch.Generator(device).manual_seed(seed), device=device)
+            for seed in self.seed.tolist()
+        ]
+        return Shown(crop, torch.stack(noise), self.t)
 
 
-class Samples(Dataset[Shown]):
-    """Sample n: crop number n with its noise and time."""
+class Samples(Dataset[Sample]):
+    """Sample n: crop number n with its time and the seed of its noise."""
 
     def __init__(self, cases: Sequence[Case], config: Config) -> None:
         self.config = config
         self.crops = Crops(cases, config.data, config.training.seed)
         self.process = build_process(config)
 
-    def __getitem__(self, number: int) -> Shown:
+    def __getitem__(self, number: int) -> Sample:
         crop, rng = self.crops.draw(number, located=self.config.network.located)
-        device = crop.image.device
-        generator = torch.Generator(device).manual_seed(int(rng.integers(2**62)))
-        channels, edge = self.config.diffused
-        noise = torch.randn(channels, edge, edge, edge, generator=generator, device=device)
-        return Shown(crop, noise, self._time(int(rng.integers(2**62))).to(device))
+        seed, seed_of_time = rng.integers(2**62, size=2)
+        return Sample(crop, torch.tensor(seed), self._time(int(seed_of_time)))
 
     def _time(self, seed: int) -> Tensor:
         """Log-normal noise ratio, as real scans have, or t uniform; never below the first step of the process."""
@@ -94,7 +104,7 @@ class Order(Sequence[list[int]]):
         return (self[index] for index in range(len(self)))
 
 
-def loader(samples: Samples, order: Order, workers: int) -> DataLoader[Shown]:
+def loader(samples: Samples, order: Order, workers: int) -> DataLoader[Sample]:
     """Parts of steps in ``order``, drawn by so many processes ahead of the network; 0: drawn when they are needed."""
     return DataLoader(
         samples,
@@ -108,9 +118,9 @@ def loader(samples: Samples, order: Order, workers: int) -> DataLoader[Shown]:
     )
 
 
-def _collate(shown: list[Shown]) -> Shown:
-    crops, noise, t = zip(*shown, strict=True)
-    return Shown(stack(crops), torch.stack(noise), torch.stack(t))
+def _collate(samples: list[Sample]) -> Sample:
+    crops, seeds, t = zip(*samples, strict=True)
+    return Sample(stack(crops), torch.stack(seeds), torch.stack(t))
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -120,7 +130,7 @@ def _leave_signals_to_the_trainer(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-def end_workers(parts: Iterator[Shown]) -> None:
+def end_workers(parts: Iterator[Sample]) -> None:
     """End the processes behind ``iter(loader(...))``.
 
     The interpreter's exit asks by SIGTERM those that a traceback still keeps alive, and would wait for ever.
@@ -130,7 +140,8 @@ def end_workers(parts: Iterator[Shown]) -> None:
 
 
 def default_workers(device: torch.device, resident: bool) -> int:
-    """None where the scans lie on the GPU or the CPU trains (they would take its cores), else up to eight."""
+    """0 where the scans lie on the GPU or the CPU trains (they would take its cores), else up to eight a process."""
     if resident or device.type != "cuda":
         return 0
-    return min(MOST_WORKERS, max(1, (os.cpu_count() or 2) - 1))
+    cores = (os.cpu_count() or 2) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MOST_WORKERS, max(1, cores - 1))

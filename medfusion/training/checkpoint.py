@@ -20,8 +20,9 @@ from torch import nn
 
 from medfusion.config import Config
 from medfusion.errors import MedfusionError
-from medfusion.io import staged
+from medfusion.io import disk_full_told, staged
 
+UNDECISIVE = {"accumulate", "recompute", "compile", "checkpoint_every", "validate_every"}  # for the result
 CHECKPOINT, METRICS, PRIOR, CARD = "checkpoint.pt", "metrics.jsonl", "prior.safetensors", "card.md"
 
 
@@ -53,12 +54,12 @@ def save_checkpoint(
         os.fsync(file.fileno())  # on the disk before the old one goes: a power cut would else leave neither
 
 
-def read_checkpoint(out: Path, config: Config) -> dict[str, Any]:
-    """What a run in the folder ``out`` is resumed from.
+def read_checkpoint(out: Path, config: Config, parts: set[str] | None = None) -> dict[str, Any]:
+    """What a run in the folder ``out`` is resumed from; ``parts`` of the config matter to it, or all.
 
     Raises
     ------
-    MedfusionError : there is no checkpoint, it is damaged, or it was made with another config.
+    MedfusionError : there is no checkpoint, it is damaged, or it was made with other settings that change the result.
     """
     path = out / CHECKPOINT
     if not path.is_file():
@@ -67,17 +68,28 @@ def read_checkpoint(out: Path, config: Config) -> dict[str, Any]:
         state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: nothing in it is executed
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise MedfusionError(f"{path}: damaged, or no checkpoint", fix="--overwrite to begin anew") from error
-    if not isinstance(state, dict) or not {"config", "scans", "losses"} <= state.keys():
+    if not isinstance(state, dict) or not {"config", "scans", "losses", "worked"} <= state.keys():
         raise MedfusionError(f"{path}: no checkpoint of this version of medfusion", fix="--overwrite to begin anew")
-    try:
-        same = Config.model_validate_json(state["config"]) == config  # settings that are new since then have defaults
+    try:  # settings that are new since then have defaults
+        other = _decisive(Config.model_validate_json(state["config"]), parts)
     except ValidationError:
-        same = False
-    if not same:
+        other = {}
+    changed = [name for name, value in _decisive(config, parts).items() if other.get(name) != value]
+    if changed:
         raise MedfusionError(
-            f"{path}: was made with another config", fix="resume with the same config, or choose a new --out"
+            f"{path}: was made with another config",
+            other_settings=", ".join(changed) if other else "one that does not exist",
+            fix="resume with the same config, or choose a new --out",
         )
     return state
+
+
+def _decisive(config: Config, parts: set[str] | None) -> dict[str, Any]:
+    """The settings, by their full names, without those that may change on the way because the result does not."""
+    tree = config.model_dump(include=parts, exclude={"licence": True, "notes": True, "training": UNDECISIVE})
+    sections = {name: value for name, value in tree.items() if isinstance(value, dict)}
+    single = {name: value for name, value in tree.items() if name not in sections}
+    return single | {f"{section}.{name}": v for section, values in sections.items() for name, v in values.items()}
 
 
 def begin(out: Path) -> None:
@@ -112,6 +124,11 @@ def _sweep(out: Path) -> None:
 
 
 def log(out: Path, row: dict[str, Any]) -> None:
-    """Append one row to metrics.jsonl."""
-    with (out / METRICS).open("a") as file:
+    """Append one row to metrics.jsonl; a resumed run drops what a full disk cut short.
+
+    Raises
+    ------
+    MedfusionError : the disk is full.
+    """
+    with disk_full_told(out / METRICS), (out / METRICS).open("a") as file:
         file.write(json.dumps(row) + "\n")

@@ -16,12 +16,12 @@ from medfusion.io import staged
 from medfusion.metrics import psnr
 from medfusion.networks import Autoencoder
 from medfusion.prior import Prior, half_width
-from medfusion.training.batches import Shown
+from medfusion.training.batches import Sample, Shown
 
 VALIDATION_TIMES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)
 NOISE_LEVELS = (0.05, 0.10, 0.20)  # of the range from air to bright tissue
 TISSUE = -0.8  # decibels are taken where the clean crop is above it
-PICTURED, SAMPLING_STEPS = 4, 12
+PICTURED, PICTURED_NOISE, SAMPLING_STEPS = 4, 0.2, 12
 
 
 @torch.no_grad()
@@ -33,7 +33,8 @@ def validation_loss(
     for time in VALIDATION_TIMES:
         losses = []
         for index, crop in enumerate(crops):
-            shown = Shown(crop, _noise(config, index), torch.tensor([time])).to(device)
+            shown = Sample(crop, torch.tensor([0]), torch.tensor([time])).shown(device, config.diffused)
+            shown = shown._replace(noise=_noise(config, index).to(device))  # the same on every device
             losses.append(float(loss(shown).mean()))
         result[f"{time:g}"] = round(sum(losses) / len(losses), 5)
     return result
@@ -41,9 +42,12 @@ def validation_loss(
 
 @torch.no_grad()
 def denoising_psnr(prior: Prior, crops: Sequence[Crop]) -> dict[str, dict[str, float]]:
-    """Noise level to decibels before and after one evaluation of the prior, which is told nothing but the level."""
+    """Noise level to decibels before and after one evaluation of the prior, which is told nothing but the level.
+
+    Levels that the process does not reach are left out.
+    """
     denoise, result = prior.denoiser(), {}
-    for level in NOISE_LEVELS:
+    for level in (level for level in NOISE_LEVELS if 2 * level <= float(prior.process.noise_ratio(1.0))):
         pairs = []
         for index, crop in enumerate(crops):
             noisy, clean = crop.image + 2 * level * _noise(prior.config, index), crop.image.numpy()
@@ -75,11 +79,11 @@ def picture(prior: Prior, crops: Sequence[Crop], path: Path) -> None:
     Labels, class and position of the crop are told for the sample and withheld for the denoising. Of a latent prior
     the noise is that of the latents.
     """
-    rows = []
+    rows, ratio = [], min(PICTURED_NOISE, float(prior.process.noise_ratio(1.0)))
     for index, crop in enumerate(crops[:PICTURED]):
         noise = _noise(prior.config, index).to(prior.device)
-        noisy = prior.encode(crop.image.to(prior.device)) + 0.2 * noise
-        seen = (noisy, _posterior_mean(prior.denoiser(), noisy, 0.2), _sample(prior, crop, noise))
+        noisy = prior.encode(crop.image.to(prior.device)) + ratio * noise
+        seen = (noisy, _posterior_mean(prior.denoiser(), noisy, ratio), _sample(prior, crop, noise))
         rows.append((crop.image, *(prior.decode(x, crop.image.shape[2:]).cpu() for x in seen)))
     _save_rows(rows, path)
 

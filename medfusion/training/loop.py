@@ -28,6 +28,7 @@ from medfusion.config import Config
 from medfusion.data.crops import Case, split, validation_crops
 from medfusion.errors import MedfusionError
 from medfusion.io import staged
+from medfusion.networks import Autoencoder
 from medfusion.prior import Prior, fast_bfloat16
 from medfusion.training import checkpoint
 from medfusion.training.batches import Order, Samples, default_workers, end_workers, loader
@@ -71,18 +72,38 @@ def train(
     MedfusionError : too few cases, a batch that cannot be shared out, too little memory, a loss that is not finite, or
         nothing to resume from, or other scans than those that it began with.
     """
-    accelerator, autoencoder, before = _accelerator(device), None, 0
+    accelerator = _accelerator(device)
     begun, resumed = read_run(out, config) if resume else (None, None)
+    autoencoder, before, hours = None, 0, 0.0
     if config.autoencoder is not None:
-        stage = autoencoding(config)
-        if accelerator.is_main_process and not resume:
-            checkpoint.begin(out)  # of the second stage; a resumed run would take an earlier run's for its own
-        first = _Run(stage, cases, out / stage.folder, accelerator, workers, begun)
-        first.follow(say, progress)
-        autoencoder, before = stage.scaled(first.ema, first.samples), stage.config.training.steps
+        before = config.autoencoder.steps
+        autoencoder, hours = _first_stage(cases, config, out, accelerator, workers, begun, say, progress)
     run = _Run(Diffusion(config, autoencoder), cases, out, accelerator, workers, resumed)
     run.follow(say, lambda state: progress(state._replace(step=before + state.step)))
-    return run.finish(data)
+    return run.finish(data, hours)
+
+
+def _first_stage(
+    cases: Sequence[Case],
+    config: Config,
+    out: Path,
+    accelerator: Accelerator,
+    workers: int | None,
+    state: dict[str, Any] | None,
+    say: Callable[[str], None],
+    progress: Callable[[State], None],
+) -> tuple[Autoencoder, float]:
+    """The trained autoencoder and the hours it took; what else its training held is let go."""
+    stage = autoencoding(config)
+    second = Diffusion(config, stage.build().to(accelerator.device))  # what is wrong with it shall be said before
+    second.adopt_start(second.build())
+    require_memory(second, accelerator.num_processes, accelerator.device)
+    run = _Run(stage, cases, out / stage.folder, accelerator, workers, state)
+    if accelerator.is_main_process and state is None:
+        checkpoint.begin(out)  # a resumed run would take an earlier run's second stage for its own
+    run.follow(say, progress)
+    accelerator.free_memory()
+    return stage.scaled(run.ema, run.samples), run.hours
 
 
 def read_run(out: Path, config: Config) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -95,7 +116,8 @@ def read_run(out: Path, config: Config) -> tuple[dict[str, Any] | None, dict[str
     if config.autoencoder is None:
         return None, checkpoint.read_checkpoint(out, config)
     stage = autoencoding(config)
-    first = checkpoint.read_checkpoint(out / stage.folder, stage.config)
+    parts = {"autoencoder", "preprocessing", "data", "training"}  # what it depends on
+    first = checkpoint.read_checkpoint(out / stage.folder, stage.config, parts)
     return first, checkpoint.read_checkpoint(out, config) if (out / checkpoint.CHECKPOINT).is_file() else None
 
 
@@ -119,16 +141,17 @@ class _Run:
             raise MedfusionError(f"{len(cases)} scan(s) and {config.data.validation} held out leave none to train on")
         self.scans = [case.name for case in training]
         self.held_out = validation_crops(self.validation, config.data, config.training.seed)
-        self.network, self.ema = _networks(stage, training, self.device)
+        self.network, self.ema = _networks(stage, training if state is None else None, self.device)
         self.need = require_memory(stage, accelerator.num_processes, self.device)
         self.optimizers = build_optimizers(self.network, config.training)
         self.start = self._restore(state) if state else 0
-        meant = {name: state[name] for name in ("seconds", "losses")} if state else {}
-        self.meter = Meter(config.training.batch, **meant)
+        spent = {name: state[name] for name in ("seconds", "waited", "worked", "losses")} if state else {}
+        self.meter = Meter(config.training.batch, **spent)
         if config.training.compile:
             self.network.compile()
         self.model: nn.Module = accelerator.prepare_model(self.network)  # averages gradients over processes
-        training, resident = on_device(training, self.device, self.need)
+        # processes that draw crops cannot be given scans that lie on a GPU
+        training, resident = (training, False) if workers else on_device(training, self.device, self.need)
         self.samples = Samples(training, config)
         workers = default_workers(self.device, resident) if workers is None else workers
         self.plan = _plan(accelerator, resident, workers, self.need)
@@ -185,7 +208,7 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for part in range(parts):
             with self.meter.waiting():
-                shown = next(self.parts).to(self.device)
+                shown = next(self.parts).shown(self.device, self.config.diffused)
             with nullcontext() if part + 1 == parts else self.accelerator.no_sync(self.model):
                 loss = self.stage.loss(self.model, shown).mean() / parts
                 self.accelerator.backward(loss)
@@ -225,7 +248,7 @@ class _Run:
             f"the loss of step {number} is not finite",
             scans_of_the_batch=", ".join(self.samples.scans_of_step(number - 1)),
             last_good=last_good if last_good.exists() else "no checkpoint yet",
-            fix="look at these scans; if they are sound, begin anew with a lower training.learning_rate",
+            fix=f"look at these scans; if they are sound, begin anew with a lower {self.stage.settings}.learning_rate",
         )
 
     def _validate(self, done: int) -> None:
@@ -248,10 +271,13 @@ class _Run:
             self.board.flush()
 
     def agreed(self, asked: bool, done: int) -> bool:
-        """Whether to stop here: all processes do if one was asked to, which they tell each other every few steps."""
+        """Whether to stop here: all processes do if one was asked to.
+
+        They tell each other at every step, because a launcher soon kills; on GPUs, which are fast, more rarely.
+        """
         if self.accelerator.num_processes == 1:
             return asked
-        if done % LOG_EVERY:
+        if self.device.type != "cpu" and done % LOG_EVERY:
             return False
         return bool(self.accelerator.reduce(torch.tensor(float(asked), device=self.device)) > 0)
 
@@ -270,14 +296,21 @@ class _Run:
                     self.optimizers,
                     scans=self.scans,
                     seconds=self.meter.seconds,
+                    waited=self.meter.waited,
+                    worked=self.meter.worked,
                     losses=self.meter.losses,
                 )
             self.accelerator.wait_for_everyone()
 
-    def finish(self, data: str) -> Prior:
-        """The averaged network with its provenance, on the disk with its card."""
+    @property
+    def hours(self) -> float:
+        """Of wall time, what came before a resume included."""
+        return self.meter.seconds / 3600
+
+    def finish(self, data: str, hours: float) -> Prior:
+        """The averaged network with its provenance, on the disk with its card; ``hours`` were spent before this run."""
         assert isinstance(self.stage, Diffusion)
-        prior = self.stage.prior(self.ema, self._provenance(self.stage, data))
+        prior = self.stage.prior(self.ema, self._provenance(self.stage, data, hours + self.hours))
         if self.accelerator.is_main_process:
             with staged(self.out / checkpoint.PRIOR, overwrite=True) as unfinished:
                 prior.save(unfinished)
@@ -286,7 +319,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return prior
 
-    def _provenance(self, stage: Diffusion, data: str) -> dict[str, Any]:
+    def _provenance(self, stage: Diffusion, data: str, hours: float) -> dict[str, Any]:
         from medfusion import __version__
 
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
@@ -298,7 +331,7 @@ class _Run:
             "training_scans": len(set(self.scans)),
             "validation_scans": len({case.name for case in self.validation}),
             "steps": self.config.training.steps,
-            "hours": round(self.meter.seconds / 3600, 4),
+            "hours": round(hours, 4),
             "device": f"{self.accelerator.num_processes} x {name}",
             "arithmetic": _arithmetic(self.device),
             "waiting_for_data": round(self.meter.waited / max(self.meter.worked, 1e-9), 4),
@@ -343,11 +376,12 @@ def _accelerator(device: str | None) -> Accelerator:
     return accelerator
 
 
-def _networks(stage: Stage, cases: Sequence[Case], device: torch.device) -> tuple[Any, Any]:
-    """The network to train and its average, both with their first weights."""
+def _networks(stage: Stage, cases: Sequence[Case] | None, device: torch.device) -> tuple[Any, Any]:
+    """The network to train and its average, with their first weights; without cases these come from a checkpoint."""
     torch.manual_seed(stage.config.training.seed)
     network, ema = stage.build(), stage.build()
-    stage.begin(network, cases)
+    if cases is not None:
+        stage.begin(network, cases)
     ema.load_state_dict(network.state_dict())
     network = network.to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     ema = ema.eval().requires_grad_(False).to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from medfusion.data.crops import UNKNOWN, Case, Crop
 from medfusion.errors import MedfusionError
 from medfusion.networks.residual_unet import Residual
-from medfusion.training.batches import Shown
+from medfusion.prior import half_width
+from medfusion.training.batches import Sample
 from medfusion.training.stages import Stage, with_settings
 
 # Peak resident memory of float32 steps on a CPU, measured with channels (16, 32) and (48, 96, 128, 160), crops of 64 to
@@ -28,6 +29,7 @@ WORKSPACE = 1.4  # peak over what is kept for the backward pass: gradients on th
 BASE = 224 * 2**20  # what the libraries take for themselves, whatever the crop
 COPIES = 5  # of the weights: themselves, gradients, average, and two moments of AdamW
 RESIDENT_SHARE = 0.5  # of the GPU's memory that a training step leaves free; the whole set of scans may take it
+SCRATCH = 2.0  # peak of a forward pass over the input and output of its largest layer: one more of each, and casts
 BLOCK = 4  # times its input is what a residual block keeps; one of them at a time when they are recomputed
 REMARKS = {"accumulate": " (same result)", "recompute": " (same result, slower)"}
 
@@ -42,7 +44,8 @@ def require_memory(stage: Stage, processes: int, device: torch.device) -> int:
     settings = stage.config.training
     if settings.batch % (processes * settings.accumulate):
         raise MedfusionError(
-            f"a batch of {settings.batch} does not go into {processes} process(es) x {settings.accumulate} part(s)",
+            f"{stage.settings}.batch {settings.batch} does not go into {processes} process(es) x "
+            f"{settings.accumulate} part(s)",
             fix="choose a multiple",
         )
     need = step_bytes(stage, processes, device)
@@ -57,7 +60,8 @@ def step_bytes(stage: Stage, processes: int, device: torch.device) -> int:
     network = stage.build().to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     voxels = config.training.batch // (processes * config.training.accumulate) * config.data.crop**3
     weights = COPIES * sum(p.nbytes for p in network.parameters())
-    return int(bytes_per_voxel(stage, network, device) * voxels) + weights + BASE
+    beside = bytes_beside(stage, config.data.crop**3)
+    return int(bytes_per_voxel(stage, network, device) * voxels) + weights + beside + BASE
 
 
 def advice(stage: Stage, processes: int, device: torch.device, need: int) -> MedfusionError:
@@ -66,7 +70,7 @@ def advice(stage: Stage, processes: int, device: torch.device, need: int) -> Med
     Where a step failed although it should have fitted, nobody knows by how much: half is advised.
     """
     settings, crop = stage.config.training, stage.config.data.crop
-    section = stage.folder or "network"
+    section = "network" if stage.settings == "training" else stage.settings
     channels = getattr(stage.config, section).channels
     free = available(device)
     limit = free if free < need else need // 2
@@ -75,7 +79,7 @@ def advice(stage: Stage, processes: int, device: torch.device, need: int) -> Med
     edges = [edge for edge in range(crop - 16, 0, -16) if edge % _divisor(stage) == 0]
     narrower = [tuple(max(8, c * eighths // 64 * 8) for c in channels) for eighths in range(7, 0, -1)]
     values: dict[tuple[str, str], Sequence[Any]] = {
-        ("training", "accumulate"): [settings.accumulate * part // n for n in smaller],
+        ("training", "accumulate"): [settings.accumulate * part // n for n in smaller if section == "network"],
         ("training", "recompute"): [] if settings.recompute or section != "network" else [True],
         ("training", "batch"): [settings.batch * n // part for n in smaller],
         ("data", "crop"): edges,
@@ -85,8 +89,9 @@ def advice(stage: Stage, processes: int, device: torch.device, need: int) -> Med
     for (where, name), candidates in values.items():
         for value in candidates:
             if step_bytes(with_settings(stage, where, **{name: value}), processes, device) <= limit:
-                where = section if (section, name) == ("autoencoder", "batch") else where
-                ways[f"{where}.{name}"] = f"{json.dumps(value)}{REMARKS.get(name, '')}"
+                ways[f"{stage.settings if where == 'training' else where}.{name}"] = (
+                    f"{json.dumps(value)}{REMARKS.get(name, '')}"
+                )
                 break
     return MedfusionError(
         f"a training step needs about {_gib(need)}, and {_gib(free)} are free",
@@ -102,32 +107,57 @@ def _divisor(stage: Stage) -> int:
 
 
 def bytes_per_voxel(stage: Stage, network: nn.Module, device: torch.device) -> float:
-    """Peak bytes of a training step for each voxel of a batch, beside the weights."""
+    """Peak bytes of a training step for each voxel of a batch, beside the weights.
+
+    The slope between two sizes of crop: what autograd keeps whatever the size, weights in half width, say, drops out.
+    """
     edge = max(16, _divisor(stage))
-    config = with_settings(stage, "data", crop=edge).config
+    small, large = (_kept(stage, network, device, n) for n in (edge, 2 * edge))
+    return WORKSPACE * (large - small) / (7 * edge**3)
+
+
+def _kept(stage: Stage, network: nn.Module, device: torch.device, edge: int) -> int:
+    """Bytes that autograd keeps for the backward pass of one crop, and those of a block that is recomputed."""
+    diffused = with_settings(stage, "data", crop=edge).config.diffused
+    crop = Crop(torch.zeros(1, 1, edge, edge, edge), torch.zeros(1, 4, *[edge // 2] * 3), None, torch.tensor([UNKNOWN]))
     kept: dict[int, int] = {}
-    weights = {p.data_ptr() for p in network.parameters()}
-    inputs: list[int] = []
+    inputs = [0]
 
     def keep(tensor: Tensor) -> Tensor:
-        if tensor.data_ptr() not in weights:
-            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
     def note(block: nn.Module, arguments: tuple[Tensor, ...]) -> None:
         inputs.append(arguments[0].nbytes)
 
     hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, Residual)]
-    crop = Crop(torch.zeros(1, 1, edge, edge, edge), torch.zeros(1, 4, *[edge // 2] * 3), None, torch.tensor([UNKNOWN]))
-    channels, size = config.diffused
-    shown = Shown(crop, torch.zeros(1, channels, size, size, size), torch.tensor([0.5])).to(device)
+    shown = Sample(crop, torch.tensor([0]), torch.tensor([0.5])).shown(device, diffused)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = stage.loss(network, shown)  # held, so that no kept tensor's address is given out twice
     for hook in hooks:
         hook.remove()
-    recomputed = stage.config.training.recompute
-    again = BLOCK * max(inputs) if recomputed else 0
-    return WORKSPACE * (sum(kept.values()) + again) / (len(loss) * edge**3)
+    del loss
+    return sum(kept.values()) + (BLOCK * max(inputs) if stage.config.training.recompute else 0)
+
+
+def bytes_beside(stage: Stage, voxels: int) -> int:
+    """Peak bytes of the autoencoder that encodes crops of so many voxels, one by one, for the diffusion; 0 without."""
+    autoencoder = getattr(stage, "autoencoder", None)
+    if autoencoder is None:
+        return 0
+    edge = max(16, autoencoder.factor)
+    largest = [0]
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> None:
+        tensors = [x for x in (*arguments, output) if isinstance(x, Tensor)]
+        largest.append(sum(x.nbytes for x in tensors))
+
+    hooks = [module.register_forward_hook(note) for module in autoencoder.modules()]
+    with torch.no_grad(), half_width(autoencoder.scale.device):
+        autoencoder.encode(torch.zeros(1, 1, edge, edge, edge, device=autoencoder.scale.device))
+    for hook in hooks:
+        hook.remove()
+    return int(SCRATCH * max(largest) / edge**3 * voxels)
 
 
 def available(device: torch.device) -> int:
@@ -154,7 +184,7 @@ def on_device(cases: Sequence[Case], device: torch.device, need: int) -> tuple[l
     if sum(t.nbytes for t in tensors) > RESIDENT_SHARE * (available(device) - need):
         return list(cases), False
     return [
-        replace(c, image=c.image.to(device), labels=None if c.labels is None else c.labels.to(device)) for c in cases
+        replace(c, resident=c.image.to(device), labels=None if c.labels is None else c.labels.to(device)) for c in cases
     ], True
 
 

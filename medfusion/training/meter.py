@@ -26,13 +26,15 @@ class Meter:
     Parameters
     ----------
     batch : images of a step.
-    seconds : what the run took before it was resumed.
+    seconds, waited, worked : what the run took before it was resumed; waiting for data; at its steps.
     losses : of the steps between its last row and its checkpoint.
     """
 
-    def __init__(self, batch: int, seconds: float = 0.0, losses: Sequence[float] = ()) -> None:
+    def __init__(
+        self, batch: int, seconds: float = 0.0, waited: float = 0.0, worked: float = 0.0, losses: Sequence[float] = ()
+    ) -> None:
         self.batch, self.before, self.start = batch, seconds, time.perf_counter()
-        self.waited = self.worked = 0.0  # in the whole run, validation and saving left out
+        self.waited, self.worked = waited, worked  # in the whole run, validation and saving left out
         self.unread: list[Tensor] = []
         self.last = State(0, math.nan, math.nan, 0.0)
         self._open()

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from medfusion.config import Config
+from medfusion.config import Config, TimesConfig
 from medfusion.data.crops import Case, Crop, mean_atlas
 from medfusion.errors import MedfusionError
 from medfusion.networks import Autoencoder, ResidualUNet, adopt, on_latents
@@ -40,6 +40,10 @@ class Stage(Protocol):
     def folder(self) -> str:
         """Of its checkpoint and pictures, within that of the run."""
 
+    @property
+    def settings(self) -> str:
+        """The section of the user's config that has its steps, batch and rate."""
+
     def build(self) -> nn.Module:
         """The network, freshly initialised."""
 
@@ -63,6 +67,7 @@ class Diffusion:
     config: Config
     autoencoder: Autoencoder | None = None
     folder: str = ""
+    settings: str = "training"
 
     def build(self) -> ResidualUNet:
         """As ``Stage``."""
@@ -77,6 +82,12 @@ class Diffusion:
         ------
         MedfusionError : ``training.start`` has other layers.
         """
+        self.adopt_start(network)
+        if network.located:
+            network.atlas.copy_(mean_atlas(cases, ATLAS, ATLAS_REACH))
+
+    def adopt_start(self, network: ResidualUNet) -> None:
+        """The weights of ``training.start``; raises as ``begin``."""
         if self.config.training.start:
             try:
                 adopt(network, Prior.load(self.config.training.start).network)
@@ -85,15 +96,14 @@ class Diffusion:
                     f"training.start: {error}",
                     fix="take channels and blocks from its card, or leave training.start out",
                 ) from error
-        if network.located:
-            network.atlas.copy_(mean_atlas(cases, ATLAS, ATLAS_REACH))
 
     def loss(self, network: nn.Module, shown: Shown) -> Tensor:
         """As ``Stage``."""
         if self.autoencoder is not None:
             context, labels = on_latents(shown.crop.context, shown.crop.labels, self.autoencoder.factor)
             assert context is not None
-            image = self.prior(network).encode(shown.crop.image)
+            prior = self.prior(network)  # crop by crop: the encoder needs more memory than what it is for
+            image = torch.cat([prior.encode(one[None]) for one in shown.crop.image])
             shown = shown._replace(crop=Crop(image, context, labels, shown.crop.class_index))
         return batch_loss(network, self.config, shown)
 
@@ -122,6 +132,7 @@ class Autoencoding:
 
     config: Config
     folder: str = "autoencoder"
+    settings: str = "autoencoder"
 
     def build(self) -> Autoencoder:
         """As ``Stage``."""
@@ -154,11 +165,12 @@ class Autoencoding:
 
 
 def autoencoding(config: Config) -> Autoencoding:
-    """The first stage of latent diffusion: its own steps, batch and rate, all else as in ``config.training``."""
+    """The first stage of latent diffusion: its own steps, batch and rate, what it shares as in ``config.training``."""
     own = config.autoencoder
     assert own is not None
     settings = {"steps": own.steps, "batch": own.batch, "learning_rate": own.learning_rate}
-    fixed = {"optimizer": "adamw", "start": "", "recompute": False}
+    fixed = {"optimizer": "adamw", "start": "", "recompute": False, "accumulate": 1}
+    fixed |= {"objective": "simple", "times": TimesConfig()}
     return Autoencoding(config.model_copy(update={"training": config.training.model_copy(update=settings | fixed)}))
 
 

@@ -1,5 +1,6 @@
 """Training crops: functions of seed and number, context that says where, shares as the config says, twins together."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -128,6 +129,14 @@ def test_contrasts_are_changed_at_their_shares(monkeypatch):
         crops.draw(number, located=False)
     assert done.count("paint") / 400 == pytest.approx(0.5, abs=0.08)
     assert done.count("remap") / 400 == pytest.approx(0.3, abs=0.08)
+
+
+def test_a_scan_that_lies_on_the_device_gives_the_same_crops():
+    case = _case("a")
+    resident = replace(case, resident=case.image.clone())
+    for number in range(5):
+        one, other = (Crops([c], DataConfig(crop=32), seed=0).draw(number, located=True)[0] for c in (case, resident))
+        torch.testing.assert_close(one.image, other.image, rtol=0, atol=0)
 
 
 def test_crops_avoid_air():

@@ -8,7 +8,7 @@ from toy_runs import toy_cases
 
 from medfusion.data.crops import Case
 from medfusion.prior import build_process
-from medfusion.training.batches import Order, Samples, Shown, default_workers, end_workers, loader
+from medfusion.training.batches import Order, Sample, Samples, default_workers, end_workers, loader
 
 
 @pytest.fixture(scope="module")
@@ -16,8 +16,8 @@ def cases() -> list[Case]:
     return toy_cases(3)
 
 
-def _equal(one: Shown, other: Shown) -> None:
-    pairs = zip((*one.crop, one.noise, one.t), (*other.crop, other.noise, other.t), strict=True)
+def _equal(one: Sample, other: Sample) -> None:
+    pairs = zip((*one.crop, one.seed, one.t), (*other.crop, other.seed, other.t), strict=True)
     for a, b in pairs:
         assert (a is None) == (b is None)
         if a is not None:
@@ -32,14 +32,15 @@ def test_a_sample_is_a_function_of_seed_and_number_whoever_draws_it(cases: list[
         parts = iter(loader(samples, Order(config, 0, 0, 1), workers))
         for step, part in enumerate(parts):
             for index in range(4):
-                picked = Shown(
+                picked = Sample(
                     type(part.crop)(*(None if x is None else x[index] for x in part.crop)),
-                    *(x[index] for x in (part.noise, part.t)),
+                    part.seed[index],
+                    part.t[index],
                 )
                 _equal(picked, alone[4 * step + index])
         end_workers(parts)
-    assert not torch.equal(alone[0].noise, alone[1].noise)
-    assert not torch.equal(alone[0].noise, Samples(cases, tiny_config(training={"seed": 1}))[0].noise)
+    assert not torch.equal(alone[0].seed, alone[1].seed)
+    assert not torch.equal(alone[0].seed, Samples(cases, tiny_config(training={"seed": 1}))[0].seed)
 
 
 def test_the_scans_named_for_a_step_are_those_it_is_cut_from(cases: list[Case]) -> None:
@@ -83,15 +84,22 @@ def test_times_follow_the_config(cases: list[Case], share: float) -> None:
 
 
 def test_noise_is_standard_normal_and_independent_of_the_crop(cases: list[Case]) -> None:
-    samples = Samples(cases, tiny_config())
-    noise = torch.stack([samples[number].noise for number in range(20)])
+    config = tiny_config(training={"batch": 20})
+    samples = Samples(cases, config)
+    batch = next(iter(loader(samples, Order(config, 0, 0, 1), 0)))
+    noise = batch.shown(torch.device("cpu"), config.diffused).noise
+    again = batch._replace(seed=batch.seed.flip(0)).shown(torch.device("cpu"), config.diffused).noise
+    torch.testing.assert_close(again, noise.flip(0), rtol=0, atol=0)  # each crop's own, wherever it stands in a batch
     assert float(noise.mean()) == pytest.approx(0, abs=0.02)
     assert float(noise.std()) == pytest.approx(1, abs=0.02)
     image = torch.stack([samples[number].crop.image for number in range(20)])
     assert abs(float(torch.corrcoef(torch.stack([noise.flatten(), image.flatten()]))[0, 1])) < 0.02
 
 
-def test_workers_are_for_gpus_whose_scans_lie_elsewhere() -> None:
+def test_workers_are_for_gpus_whose_scans_lie_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     assert default_workers(torch.device("cpu"), resident=False) == 0
     assert default_workers(torch.device("cuda"), resident=True) == 0
-    assert 1 <= default_workers(torch.device("cuda"), resident=False) <= 8
+    alone = default_workers(torch.device("cuda"), resident=False)
+    assert 1 <= alone <= 8
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert default_workers(torch.device("cuda"), resident=False) == 1

@@ -125,8 +125,9 @@ def test_a_new_run_cannot_be_resumed_from_the_checkpoint_of_the_one_before(tmp_p
 def test_another_config_and_other_scans_cannot_be_resumed(tmp_path: Path, cases: list[Case]) -> None:
     train(cases, toy_config(), tmp_path, device="cpu")
     before = (tmp_path / "checkpoint.pt").read_bytes()
-    with pytest.raises(MedfusionError, match="was made with another config"):
-        train(cases, toy_config(learning_rate=1e-4), tmp_path, resume=True, device="cpu")
+    with pytest.raises(MedfusionError, match="was made with another config") as error:
+        train(cases, toy_config(learning_rate=1e-4, steps=5), tmp_path, resume=True, device="cpu")
+    assert error.value.facts["other_settings"] == "training.steps, training.learning_rate"
     with pytest.raises(MedfusionError, match="was begun with other scans") as error:
         train([*toy_cases(6)], toy_config(), tmp_path, resume=True, device="cpu")
     assert "case5" in error.value.facts["gone_or_new"]
@@ -134,6 +135,23 @@ def test_another_config_and_other_scans_cannot_be_resumed(tmp_path: Path, cases:
         train(cases[::-1], toy_config(), tmp_path, resume=True, device="cpu")
     assert "order" in error.value.facts["gone_or_new"]
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
+def test_what_only_saves_memory_or_time_may_change_on_the_way(tmp_path: Path, cases: list[Case]) -> None:
+    """As after running out of memory: the advice is to be followed and the run resumed."""
+    settings = {"batch": 2, "steps": 4}
+    unbroken = train(cases, toy_config(**settings), tmp_path / "unbroken", device="cpu")
+
+    def interrupt(state: State) -> None:
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cases, toy_config(**settings), tmp_path / "run", device="cpu", progress=interrupt)
+    changed = toy_config(**settings, accumulate=2, recompute=True, checkpoint_every=3, validate_every=2)
+    resumed = train(cases, changed, tmp_path / "run", device="cpu", resume=True)
+    for name, weight in unbroken.network.state_dict().items():
+        torch.testing.assert_close(resumed.network.state_dict()[name], weight, atol=1e-4, rtol=1e-3)
 
 
 def test_settings_that_do_not_exist_are_another_config_and_those_that_did_not_yet_are_not(
@@ -161,6 +179,13 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, cases: list[Case], cont
     path.write_bytes(content)
     with pytest.raises(MedfusionError, match="damaged, or no checkpoint"):
         read_checkpoint(tmp_path, toy_config())
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+def test_a_full_disk_says_so_for_a_row_too(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with pytest.raises(MedfusionError, match=r"metrics\.jsonl: no space left to write it"):
+        module.log(tmp_path, {"step": 5})
 
 
 def test_a_full_disk_says_so_and_leaves_the_old_checkpoint(tmp_path: Path, cases: list[Case]) -> None:

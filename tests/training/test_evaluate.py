@@ -46,6 +46,13 @@ def test_decibels_are_those_of_the_noise_and_of_the_posterior_mean(crops: list[C
         assert measured["denoised"] == pytest.approx(10 * np.log10(4 / error), abs=0.3)
 
 
+def test_levels_that_a_process_does_not_reach_are_left_out(tmp_path: Path, crops: list[Crop]) -> None:
+    prior = random_prior(config=tiny_config(process={"family": "ve", "sigma_max": 0.15}))
+    assert list(denoising_psnr(prior, crops)) == ["0.05"]
+    picture(prior, crops, tmp_path / "a.png")
+    assert imread(tmp_path / "a.png").shape[:2] == (32, 64)
+
+
 def test_crops_without_tissue_have_no_decibels() -> None:
     air = Crop(torch.full((1, 1, 16, 16, 16), -1.0), torch.zeros(1, 4, 8, 8, 8), None, torch.tensor([-1]))
     assert all(np.isnan(list(pair.values())).all() for pair in denoising_psnr(white_prior(), [air]).values())

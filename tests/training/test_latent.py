@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,10 +21,11 @@ from medfusion.prior import Prior
 from medfusion.tasks.augment import generate_volume
 from medfusion.tasks.denoise import denoise_volume
 from medfusion.tasks.detect import detect_volume
-from medfusion.training import train
+from medfusion.training import memory, train
 from medfusion.training.batches import Samples, Shown
+from medfusion.training.meter import State
 from medfusion.training.objective import autoencoder_loss
-from medfusion.training.stages import autoencoding
+from medfusion.training.stages import Diffusion, Stage, autoencoding
 from medfusion.volume import Volume
 
 TIME = torch.tensor([0.3], dtype=torch.float64)
@@ -72,7 +74,7 @@ def test_latents_have_unit_variance_over_the_training_crops(trained: tuple[Prior
 def test_an_interrupted_run_is_resumed_in_either_stage(
     tmp_path: Path, trained: tuple[Prior, Path], cases: list[Case], step: int
 ) -> None:
-    def interrupt(state) -> None:
+    def interrupt(state: State) -> None:
         if state.step == step:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -90,7 +92,7 @@ def test_an_interrupted_run_is_resumed_in_either_stage(
 def test_a_new_run_is_not_resumed_from_the_diffusion_of_an_earlier_one(tmp_path: Path, cases: list[Case]) -> None:
     train(cases, latent_config(), tmp_path, device="cpu")
 
-    def interrupt(state) -> None:
+    def interrupt(state: State) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     with pytest.raises(KeyboardInterrupt):
@@ -156,10 +158,66 @@ def test_tasks_work_on_latents_or_say_that_they_do_not(trained: tuple[Prior, Pat
     assert Prior.load(saved(prior, tmp_path)).name == "tiny"
 
 
-def test_memory_of_both_stages_is_known(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cases: list[Case]) -> None:
-    from medfusion.training import memory
+def _need(stage: Stage) -> int:
+    return memory.step_bytes(stage, 1, torch.device("cpu"))
 
-    monkeypatch.setattr(memory, "available", lambda device: 1000)
+
+def test_each_stage_is_told_its_own_settings_when_memory_is_short(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cases: list[Case]
+) -> None:
+    """Before the first step of the first stage: nobody waits for an autoencoder only to be refused."""
+    large = latent_config(batch=64)
+    need = _need(autoencoding(large))
+    monkeypatch.setattr(memory, "available", lambda device: need - 1)
     with pytest.raises(MedfusionError, match="a training step needs about") as error:
-        train(cases, latent_config(batch=4), tmp_path, device="cpu")
-    assert "training.batch" not in error.value.facts
+        train(cases, large, tmp_path, device="cpu")
+    assert "autoencoder.batch" in error.value.facts
+    assert {"training.batch", "training.accumulate", "training.recompute"}.isdisjoint(error.value.facts)
+    large = latent_config()
+    large = large.model_copy(update={"training": large.training.model_copy(update={"batch": 512})})
+    need = _need(Diffusion(large, autoencoding(large).build()))
+    with pytest.raises(MedfusionError, match="a training step needs about") as error:
+        train(cases, large, tmp_path, device="cpu")
+    assert {"training.batch", "training.accumulate"} <= set(error.value.facts)
+    assert not (tmp_path / "autoencoder").exists()
+
+
+def test_the_encoder_counts() -> None:
+    config = latent_config()
+    with_encoder = memory.bytes_beside(Diffusion(config, autoencoding(config).build()), 16**3)
+    assert with_encoder > 2 * 8 * 16**3 * 4  # input and output of a layer of eight channels at full resolution
+    assert memory.bytes_beside(Diffusion(config), 16**3) == 0
+
+
+def test_a_refused_run_leaves_the_earlier_prior(tmp_path: Path, cases: list[Case]) -> None:
+    (tmp_path / "prior.safetensors").write_bytes(b"precious")
+    with pytest.raises(MedfusionError, match="leave none to train on"):
+        train(cases[:1], latent_config(), tmp_path, device="cpu")
+    assert (tmp_path / "prior.safetensors").read_bytes() == b"precious"
+
+
+def test_settings_of_the_second_stage_may_change_after_the_first(tmp_path: Path, cases: list[Case]) -> None:
+    def interrupt(state: State) -> None:
+        if state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cases, latent_config(), tmp_path, device="cpu", progress=interrupt)
+    tree = latent_config().model_dump()
+    tree["network"]["channels"] = (8, 8)
+    tree["training"]["batch"] = 4
+    seen: list[int] = []
+    changed = Config.model_validate(tree)
+    train(cases, changed, tmp_path, device="cpu", resume=True, progress=lambda state: seen.append(state.step))
+    assert seen == [5, 6, 7, 8]
+
+
+def test_parts_and_labels_in_both_stages(tmp_path: Path) -> None:
+    labelled = [replace(case, labels=(case.image > 0).byte()) for case in toy_cases()]
+    tree = latent_config(batch=3).model_dump()
+    tree["network"] |= {"labels": 2}
+    tree["data"] |= {"labels": "*_seg.nii.gz"}
+    tree["training"] |= {"batch": 4, "accumulate": 2}
+    prior = train(labelled, Config.model_validate(tree), tmp_path, device="cpu")
+    x = prior.encode(torch.randn(1, 1, 16, 16, 16))
+    assert prior.denoiser(labels=torch.ones(1, 16, 16, 16).long())(x, TIME).shape == x.shape

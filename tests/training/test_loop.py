@@ -243,6 +243,21 @@ def test_a_run_may_start_from_a_prior_with_the_same_layers_alone(tmp_path: Path,
         train(cases, other, tmp_path / "second", device="cpu")
 
 
+def test_a_resumed_run_does_not_need_the_prior_it_started_from(tmp_path: Path, cases: list[Case]) -> None:
+    train(cases, toy_config(steps=2), tmp_path / "first", device="cpu")
+    path = tmp_path / "first" / "prior.safetensors"
+    config = toy_config(start=str(path))
+
+    def interrupt(state: State) -> None:
+        if state.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(cases, config, tmp_path / "second", device="cpu", progress=interrupt)
+    path.unlink()
+    assert train(cases, config, tmp_path / "second", device="cpu", resume=True).provenance["steps"] == 4
+
+
 def test_the_rate_warms_up_and_falls_to_a_thousandth() -> None:
     chosen = toy_config(steps=1000, warmup=100)
     rates = np.array([loop._warmup_then_cosine(step, chosen) for step in range(1000)])

@@ -47,5 +47,5 @@ def test_a_device_cannot_be_named_for_several_processes(tmp_path: Path, monkeypa
 
 
 def test_a_batch_that_cannot_be_shared_out_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(MedfusionError, match=r"a batch of 3 does not go into 1 process\(es\) x 2 part\(s\)"):
+    with pytest.raises(MedfusionError, match=r"training.batch 3 does not go into 1 process\(es\) x 2 part\(s\)"):
         train(toy_cases(2), toy_config(batch=3, accumulate=2), tmp_path, device="cpu")
