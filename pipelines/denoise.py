@@ -68,14 +68,15 @@ def peers() -> dict[str, Method]:
 
 
 def ours(names: list[str]) -> dict[str, Method]:
-    """Each prior with the true sigma, and the first with its own estimate."""
-    priors = [Prior.load(name) for name in names]
+    """Each prior, a shipped name or a file, with the true sigma, and the first with its own estimate."""
+    priors = {name: Prior.load(name) for name in names}
     found = {
-        f"medfusion {p.name}": lambda noisy, sigma, p=p: denoise_volume(noisy, p, sigma=sigma).volume.array
-        for p in priors
+        f"medfusion {name}": lambda noisy, sigma, p=p: denoise_volume(noisy, p, sigma=sigma).volume.array
+        for name, p in priors.items()
     }
-    blind = f"medfusion {priors[0].name}, estimated sigma"
-    return found | {blind: lambda noisy, sigma: denoise_volume(noisy, priors[0]).volume.array}
+    first = priors[names[0]]
+    blind = f"medfusion {names[0]}, estimated sigma"
+    return found | {blind: lambda noisy, sigma: denoise_volume(noisy, first).volume.array}
 
 
 def load_pair(path: Path) -> tuple[Volume, np.ndarray]:
