@@ -27,7 +27,7 @@ from rich.table import Table
 
 from medfusion.io import discover, read
 from medfusion.metrics import psnr
-from medfusion.prior import Prior
+from medfusion.prior import Prior, shipped
 from medfusion.report.figures import comparison_figure
 from medfusion.tasks.denoise import denoise_volume
 from medfusion.volume import Volume
@@ -93,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=SETS, default="ixi")
     parser.add_argument("--subjects", type=int, default=23)
-    parser.add_argument("--priors", nargs="+", default=["brain-t1", "mri-patch"])
+    parser.add_argument("--priors", nargs="+", default=list(shipped()))
     parser.add_argument("--peers", nargs="*", choices=list(peers()), default=list(peers()))
     parser.add_argument("--out", type=Path, default=Path("runs/denoise"))
     arguments = parser.parse_args()
