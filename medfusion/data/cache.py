@@ -21,7 +21,7 @@ from medfusion.config import PreprocessingConfig
 from medfusion.data.crops import Case
 from medfusion.io import staged
 
-CACHE_VERSION = 1  # to be raised whenever the same files and settings give another Case, or more is said about it
+CACHE_VERSION = 2  # to be raised whenever the same files and settings give another Case, or more is said about it
 
 
 def cache_file(
@@ -48,16 +48,16 @@ def save_case(path: Path, case: Case, about: str) -> None:
     if case.labels is not None:
         tensors["labels"] = case.labels.contiguous()
     facts = {"name": case.name, "centre": case.centre.tolist(), "spacing": case.spacing, "kind": case.kind}
+    metadata = {"case": json.dumps(facts | {"about": about})}  # one entry: safetensors writes several in random order
     with staged(path, overwrite=True) as unfinished:
-        unfinished.write_bytes(save(tensors, {"case": json.dumps(facts), "about": about}))
+        unfinished.write_bytes(save(tensors, metadata))
 
 
 def load_case(path: Path) -> tuple[Case, str] | None:
     """A Case, its voxels memory-mapped, and the text saved with it; None where the file is missing or damaged."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata, names = file.metadata() or {}, set(file.keys())
-            facts = json.loads(metadata["case"])
+            facts, names = json.loads((file.metadata() or {})["case"]), set(file.keys())
             case = Case(
                 facts["name"],
                 file.get_tensor("image"),
@@ -66,6 +66,6 @@ def load_case(path: Path) -> tuple[Case, str] | None:
                 facts["kind"],
                 file.get_tensor("labels") if "labels" in names else None,
             )
-            return case, metadata["about"]
+            return case, facts["about"]
     except (OSError, SafetensorError, KeyError, ValueError):
         return None

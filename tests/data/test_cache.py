@@ -40,6 +40,12 @@ def test_a_case_comes_back_bit_for_bit(tmp_path: Path, labels: bool) -> None:
         assert torch.equal(loaded.labels, case.labels)
 
 
+def test_the_same_case_makes_the_same_file(tmp_path: Path) -> None:
+    for number in range(8):
+        save_case(tmp_path / f"{number}.safetensors", some_case(), "about it")
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+
+
 def test_the_name_of_the_file_follows_all_that_a_case_is_made_from(tmp_path: Path) -> None:
     scan, mask = tmp_path / "scan.nii", tmp_path / "mask.nii"
     scan.write_bytes(b"voxels")
