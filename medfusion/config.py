@@ -42,6 +42,7 @@ class NetworkConfig(Strict):
 
     channels: tuple[PositiveInt, ...] = Field((48, 96, 128, 160), min_length=1)
     blocks: tuple[PositiveInt, ...] = Field((2, 2, 1, 1), min_length=1)
+    stem: int = Field(0, ge=0)  # channels of the layers on voxels, before folding and after unfolding; 0: none
     located: bool = True  # shown where in the head a voxel lies, and the mean head there (to 128 mm); off elsewhere
     labels: int = Field(0, ge=0)  # values of the label map it is shown, 0 (background) included; 0: no label map
     # names of the classes it is told, as in the column of data.classes

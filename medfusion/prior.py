@@ -29,6 +29,7 @@ def build_network(config: Config) -> ResidualUNet:
         shown.channels,
         shown.blocks,
         2 if config.process.learned_variance else 1,
+        stem=shown.stem,
         images=config.diffused[0],
         located=shown.located,
         labels=shown.labels,

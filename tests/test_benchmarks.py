@@ -9,6 +9,7 @@ from pathlib import Path
 import nibabel
 import numpy as np
 import pytest
+import torch
 from prior_factory import CENTRE, grid, head
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
@@ -66,6 +67,26 @@ def test_our_loop_beside_the_tutorials(tmp_path: Path, config: Path) -> None:
         assert pair["noisy"] == pytest.approx(-20 * np.log10(float(level)), abs=0.2)
         assert pair["noisy"] == theirs["psnr"][level]["noisy"]
         assert report["gain"][level] == pytest.approx(pair["denoised"] - theirs["psnr"][level]["denoised"])
+
+
+def test_flops_are_counted_without_those_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand, on 4^3 voxels: of 3 taps at 4 places 10 lie inside; the input itself needs no gradient."""
+    pytest.importorskip("einops")
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from training import flops_a_crop
+
+    class Told(torch.nn.Sequential):
+        def forward(self, x: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            return super().forward(x)
+
+    first, down, up = (
+        torch.nn.Conv3d(1, 2, 3, padding=1),
+        torch.nn.Conv3d(2, 3, 2, 2),
+        torch.nn.ConvTranspose3d(3, 1, 2, 2),
+    )
+    once, halved = 2 * 2 * 10**3, 2 * 2 * 3 * 4**3
+    assert flops_a_crop(Told(first), 4, torch.zeros(1)) == 2 * once
+    assert flops_a_crop(Told(first, down, up), 4, torch.zeros(1)) == 2 * once + 3 * halved + 3 * halved // 2
 
 
 def test_designs_get_the_same_flops(tmp_path: Path, config: Path) -> None:

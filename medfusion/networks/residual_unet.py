@@ -1,7 +1,9 @@
-"""A residual U-Net without normalisation layers, on voxels folded 2x2x2 into channels.
+"""A residual U-Net without normalisation layers, on voxels folded 2x2x2 into channels, between thin layers on voxels.
 
 Without normalisation a crop and the whole volume get the same answer, so the network may be trained on cubes and used
-on heads. Folding costs one eighth of the compute at full resolution (docs/decisions.md has the measurements).
+on heads. Folding costs one eighth of the compute at full resolution, but a filter on folded voxels is learnt eight
+times, once for each place in the fold; the few channels on voxels learn it once (docs/decisions.md has the
+measurements).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ CONTEXT = 4  # channels that say where in the head a voxel lies (x, y, z) and wh
 ATLAS = (1, 2, 64, 64, 64)  # mean whole and mean skull-stripped image around the foreground's centroid
 ATLAS_REACH = 1.28  # from the centre to the outermost atlas voxels, in the unit of the position channels (decimetres)
 EMBEDDING = 64
+DETAIL = 0.05  # below this noise (standard deviation) detail is no longer shown in units of the noise
 
 
 def fold(x: Tensor) -> Tensor:
@@ -36,13 +39,16 @@ def unfold(x: Tensor) -> Tensor:
     return x.permute(0, 1, 5, 2, 6, 3, 7, 4).reshape(b, c // 8, 2 * d, 2 * h, 2 * w)
 
 
+def _conv(channels: int, outputs: int) -> nn.Conv3d:
+    return nn.Conv3d(channels, outputs, 3, padding=1)
+
+
 class Residual(nn.Module):
     """x + conv(relu(modulated conv(x))); starts as the identity."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.enter = nn.Conv3d(channels, channels, 3, padding=1)
-        self.leave = nn.Conv3d(channels, channels, 3, padding=1)
+        self.enter, self.leave = _conv(channels, channels), _conv(channels, channels)
         self.modulate = nn.Linear(EMBEDDING, 2 * channels)
         nn.init.zeros_(self.leave.weight)
         nn.init.zeros_(self.modulate.weight)
@@ -61,6 +67,7 @@ class ResidualUNet(nn.Module):
     ----------
     channels : of each resolution level, the first at half the input's resolution.
     blocks : residual blocks of each level, on the way down and again on the way up.
+    stem : channels of the layers on voxels, before folding and after unfolding; 0: there are none.
     outputs : answers for each image: 2 with learned variance.
     images : channels of the input: 1, or those of latents.
     located : whether it is shown the context: where in the head a voxel lies and what kind of image this is.
@@ -79,6 +86,7 @@ class ResidualUNet(nn.Module):
         blocks: Sequence[int],
         outputs: int = 1,
         *,
+        stem: int = 0,
         images: int = 1,
         located: bool = True,
         labels: int = 0,
@@ -87,7 +95,7 @@ class ResidualUNet(nn.Module):
         super().__init__()
         pairs = list(pairwise(channels))
         self.multiple = 2 ** len(channels)  # every edge of the input is a multiple of this
-        self.images, self.located, self.labels = images, located, labels
+        self.stem, self.images, self.located, self.labels = stem, images, located, labels
         self.recompute = False  # activations in the backward pass (gradient checkpointing)
         self.embed = nn.Sequential(
             nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU(), nn.Linear(EMBEDDING, EMBEDDING), nn.SiLU()
@@ -95,7 +103,10 @@ class ResidualUNet(nn.Module):
         self.classes = nn.Embedding(classes + 1, EMBEDDING, padding_idx=0) if classes else None  # 0: not told
         if located:
             self.register_buffer("atlas", torch.zeros(ATLAS))
-        self.head = nn.Conv3d(sum(self.inputs().values()), channels[0], 3, padding=1)
+        if stem:
+            self.first, self.refine = _conv(2 * images, stem), Residual(stem)
+            self.last = _conv(stem, images * outputs)
+        self.head = _conv(sum(self.inputs().values()), channels[0])
         self.down = nn.ModuleList(
             nn.ModuleList(Residual(c) for _ in range(n)) for c, n in zip(channels, blocks, strict=True)
         )
@@ -104,12 +115,16 @@ class ResidualUNet(nn.Module):
         self.up = nn.ModuleList(
             nn.ModuleList(Residual(c) for _ in range(n)) for c, n in zip(channels[:-1], blocks[:-1], strict=True)
         )
-        self.tail = nn.Conv3d(channels[0], 8 * images * outputs, 3, padding=1)
-        nn.init.zeros_(self.tail.weight)
+        self.tail = nn.Conv3d(channels[0], 8 * stem, 1) if stem else _conv(channels[0], 8 * images * outputs)
+        nn.init.zeros_((self.last if stem else self.tail).weight)
 
     def inputs(self) -> dict[str, int]:
         """What the first convolution is shown, in this order, and in how many channels."""
-        return {"image": 8 * self.images, "context": (CONTEXT + ATLAS[1]) * self.located, "labels": 8 * self.labels}
+        return {
+            "image": 8 * (self.stem or self.images),
+            "context": (CONTEXT + ATLAS[1]) * self.located,
+            "labels": 8 * self.labels,
+        }
 
     def forward(
         self,
@@ -127,6 +142,9 @@ class ResidualUNet(nn.Module):
         level = self.embed(fourier(log_noise_ratio))
         if self.classes is not None and classes is not None:
             level = level + self.classes(classes + 1)
+        x = x.contiguous(memory_format=torch.channels_last_3d)
+        if self.stem:
+            x = self.first(torch.cat([x, detail(x, log_noise_ratio)], dim=1))
         z = self.head(self._shown(fold(x), context, labels).contiguous(memory_format=torch.channels_last_3d))
         skips = []
         for k, stage in enumerate(self.down):
@@ -139,7 +157,11 @@ class ResidualUNet(nn.Module):
             z = self.grow[k](z) + skips[k]
             for block in self.up[k].children():
                 z = self._pass(block, z, level)
-        return unfold(self.tail(z))
+        answer = unfold(self.tail(z))
+        if self.stem:
+            x = x + answer.contiguous(memory_format=torch.channels_last_3d)
+            answer = self.last(self._pass(self.refine, x, level))
+        return answer
 
     def _pass(self, block: nn.Module, z: Tensor, level: Tensor) -> Tensor:
         again = self.recompute and torch.is_grad_enabled()
@@ -169,6 +191,13 @@ class ResidualUNet(nn.Module):
         return sampled * known[:, None, None, None, None]
 
 
+def detail(x: Tensor, log_noise_ratio: Tensor) -> Tensor:
+    """x less its local mean over 3x3x3 voxels, in units of the noise: of order one at every noise level."""
+    variance = torch.sigmoid(2 * log_noise_ratio.float())[:, None, None, None, None]  # r^2 / (1 + r^2)
+    mean = F.avg_pool3d(x, 3, stride=1, padding=1, count_include_pad=False)
+    return (x - mean) * (variance + DETAIL**2).rsqrt().to(x.dtype)
+
+
 def fourier(log_noise_ratio: Tensor) -> Tensor:
     """(b,) to (b, EMBEDDING): sines and cosines of log(sigma / alpha) with wavelengths from 0.5 to 64."""
     wavelength = 2.0 ** torch.linspace(-1, 6, EMBEDDING // 2, device=log_noise_ratio.device)
@@ -177,7 +206,7 @@ def fourier(log_noise_ratio: Tensor) -> Tensor:
 
 
 def adopt(network: ResidualUNet, other: ResidualUNet) -> None:
-    """Begin with the weights of ``other``, which has the same channels and blocks.
+    """Begin with the weights of ``other``, which has the same channels, stem and blocks.
 
     Inputs that only ``network`` has start with weights of zero and those that only ``other`` has are left out, as if
     they had been withheld, and classes likewise unless both have as many; so the two give the same answers where
@@ -193,7 +222,7 @@ def adopt(network: ResidualUNet, other: ResidualUNet) -> None:
 
     weights, own = other.state_dict(), network.state_dict()
     if {n: w.shape for n, w in layers(weights).items()} != {n: w.shape for n, w in layers(own).items()}:
-        raise ValueError("the networks differ in channels, blocks or outputs")
+        raise ValueError("the networks differ in channels, stem, blocks or outputs")
     head = torch.zeros_like(own["head.weight"])
     theirs, begin, end = other.inputs(), 0, 0
     for name, size in network.inputs().items():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from medfusion.networks import ResidualUNet, adopt
-from medfusion.networks.residual_unet import CONTEXT, fold, unfold
+from medfusion.networks.residual_unet import CONTEXT, detail, fold, unfold
 
 
 def _network(seed=0, **shown):
@@ -39,9 +39,43 @@ def test_a_fresh_network_answers_nothing():
     torch.testing.assert_close(network(torch.randn(2, 1, 8, 8, 8), torch.zeros(2)), unfold(bias))
 
 
-def test_the_middle_of_a_crop_is_the_middle_of_the_whole():
+def test_a_fresh_network_with_a_stem_answers_nothing():
+    torch.manual_seed(0)
+    network = ResidualUNet((8, 16), (1, 1), stem=4)
+    answer = network(torch.randn(2, 1, 8, 8, 8), torch.zeros(2))
+    torch.testing.assert_close(answer, network.last.bias.view(1, 1, 1, 1, 1).expand(2, 1, 8, 8, 8))
+
+
+def test_the_stem_sees_voxels_as_they_lie():
+    """Where the folded part answers nothing, shifting the image by one voxel shifts the answer; folds do not matter."""
+    network = _network(stem=4)
+    network.tail.weight.zero_()
+    network.tail.bias.zero_()
+    x = torch.randn(1, 1, 16, 16, 16, generator=torch.Generator().manual_seed(0))
+    level, inner = torch.zeros(1), slice(5, 10)  # each voxel is asked about five around it
+    answer, shifted = network(x, level), network(x.roll(1, -1), level)
+    torch.testing.assert_close(
+        shifted[..., inner, inner, slice(6, 11)], answer[..., inner, inner, inner], rtol=1e-5, atol=1e-5
+    )
+    assert not torch.allclose(answer, network(x, level + 2))
+
+
+@pytest.mark.parametrize("log_noise_ratio", [-6.0, -2.0, 0.0, 4.0])
+def test_detail_is_in_units_of_the_noise(log_noise_ratio):
+    """Of a constant plus noise it is the noise, normalised, less what the mean of 27 voxels takes: sqrt(26 / 27)."""
+    level = torch.tensor([log_noise_ratio], dtype=torch.float64)
+    sigma = (torch.exp(2 * level) / (1 + torch.exp(2 * level))).sqrt()
+    noise = torch.randn(1, 1, 32, 32, 32, generator=torch.Generator().manual_seed(0)).double()
+    found = detail(0.7 + sigma * noise, level)[..., 1:-1, 1:-1, 1:-1].std()
+    expected = (26 / 27) ** 0.5 * sigma / (sigma**2 + 0.05**2).sqrt()
+    torch.testing.assert_close(found, expected[0], rtol=0.02, atol=0)
+    torch.testing.assert_close(detail(torch.full_like(noise, 0.7), level), torch.zeros_like(noise))
+
+
+@pytest.mark.parametrize("stem", [0, 4])
+def test_the_middle_of_a_crop_is_the_middle_of_the_whole(stem):
     """Without normalisation only the zero padding at the borders tells a crop from the whole volume."""
-    network = _network()
+    network = _network(stem=stem)
     x = torch.randn(1, 1, 80, 80, 80, generator=torch.Generator().manual_seed(0))
     level = torch.zeros(1)
     whole, crop = network(x, level), network(x[..., 8:72, 8:72, 8:72], level)
@@ -90,10 +124,11 @@ def test_a_class_changes_the_answer_and_minus_one_is_unknown():
     assert not torch.allclose(first, second)
 
 
+@pytest.mark.parametrize("stem", [0, 4])
 @pytest.mark.parametrize("shown", [{"located": False}, {"located": False, "labels": 3, "classes": 2}, {"labels": 2}])
-def test_a_network_that_adopts_another_gives_its_answers_where_only_the_image_is_known(shown):
-    other = _network(labels=2)
-    network = _network(seed=1, **shown)
+def test_a_network_that_adopts_another_gives_its_answers_where_only_the_image_is_known(shown, stem):
+    other = _network(labels=2, stem=stem)
+    network = _network(seed=1, stem=stem, **shown)
     adopt(network, other)
     torch.testing.assert_close(network(X, LEVEL), other(X, LEVEL), atol=1e-4, rtol=1e-4)
     if network.labels == 2:
@@ -115,3 +150,5 @@ def test_classes_of_the_same_number_are_adopted():
 def test_networks_of_other_layers_are_not_adopted():
     with pytest.raises(ValueError, match="differ in channels"):
         adopt(ResidualUNet((8, 24), (1, 1)), _network())
+    with pytest.raises(ValueError, match="differ in channels"):
+        adopt(ResidualUNet((8, 16), (1, 1), stem=4), _network())
