@@ -1,15 +1,17 @@
 """What a training step costs: seconds and memory against crop size and channels.
 
     python benchmarks/training_cost.py [--beside recompute] [--device cuda]
-    python benchmarks/training_cost.py --beside compile --crops 64 --channels 48,96,128,160
+    python benchmarks/training_cost.py --beside compile --crops 64 --channels 32,64,96,128
 
-One crop a step; weights, gradients, average and optimiser as in training, each row in a process of its own. Seconds are
-the median of ``--repeats`` steps after one to warm up. Memory is what the process grew by at its highest, on a GPU what
-its tensors took there; beside it what `medfusion train` predicts before the first step. The last three columns
-repeat it with the setting named by ``--beside``. Prints the rows of the table in `docs/training.md`.
+`configs/brain_t1.yaml` with these channels, one crop a step; weights, gradients, average and optimiser as in training,
+each row in a process of its own. Seconds are the median of ``--repeats`` steps after one to warm up. Memory is what the
+process grew by at its highest, on a GPU what its tensors took there; beside it what `medfusion train` predicts before
+the first step. The last three columns repeat it with the setting named by ``--beside``. Prints the rows of the table in
+`docs/training.md`.
 """
 
 import argparse
+import json
 import multiprocessing
 import resource
 import statistics
@@ -17,12 +19,13 @@ import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
 from copy import deepcopy
+from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 import torch
 
-from medfusion.config import Config
+from medfusion.config import Config, load_config
 from medfusion.data.crops import Crop
 from medfusion.networks.residual_unet import CONTEXT
 from medfusion.training.batches import Sample
@@ -30,9 +33,9 @@ from medfusion.training.memory import available, step_bytes
 from medfusion.training.optimizer import build_optimizers
 from medfusion.training.stages import Diffusion
 
+CONFIG = Path(__file__).parents[1] / "configs" / "brain_t1.yaml"
 CROPS = (32, 48, 64, 96)
 CHANNELS = ((32, 64, 96, 128), (48, 96, 128, 160), (64, 128, 192, 256))
-BLOCKS = (2, 2, 1, 1)  # residual blocks of each level, as in configs/brain_t1.yaml
 
 
 class Cost(NamedTuple):
@@ -90,13 +93,10 @@ def alone(
     crop: int, channels: tuple[int, ...], settings: dict[str, bool], arguments: argparse.Namespace
 ) -> Cost | None:
     """Measure in a process of its own, and so with a high-water mark of its own."""
-    tree = {
-        "name": "cost",
-        "network": {"channels": channels, "blocks": BLOCKS[: len(channels)]},
-        "data": {"crop": crop},
-        "training": {"batch": 1, **settings},
-    }
-    work = (Config.model_validate(tree), torch.device(arguments.device), arguments.repeats)
+    blocks = load_config(CONFIG).network.blocks[: len(channels)]
+    changes = [f"network.channels={list(channels)}", f"network.blocks={list(blocks)}", f"data.crop={crop}"]
+    changes += ["training.batch=1", *(f"training.{name}={json.dumps(value)}" for name, value in settings.items())]
+    work = (load_config(CONFIG, changes), torch.device(arguments.device), arguments.repeats)
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:  # the parent runs no thread of torch
         return pool.submit(measure, *work).result()
 

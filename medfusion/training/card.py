@@ -22,7 +22,7 @@ def model_card(prior: Prior) -> str:
         "Licence of the weights": config.licence or "not stated",
         "Process": f"{process.family}, {process.schedule} schedule, {process.steps} steps, "
         f"{process.prediction}-prediction, objective {config.training.objective}",
-        "Network": f"residual U-Net without normalisation, channels {list(shown.channels)}, "
+        "Network": f"residual U-Net without normalisation, stem {shown.stem}, channels {list(shown.channels)}, "
         f"{about['parameters'] / 1e6:.1f} million parameters; "
         f"told {', '.join(filter(None, told)) or 'nothing beside the image'}",
         "Preprocessing": f"{config.preprocessing.modality}, {config.preprocessing.spacing:g} mm, nearest RAS "
