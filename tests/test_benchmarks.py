@@ -50,7 +50,6 @@ def config(tmp_path: Path) -> Path:
 
 
 def test_our_loop_beside_the_tutorials(tmp_path: Path, config: Path) -> None:
-    pytest.importorskip("einops")
     sizes = ("--minutes", "0.03", "--crop", "16", "--channels", "32", "32", "--scans", "4")
     table = run("training.py", *sizes, "--config", str(config), "--out", str(tmp_path / "out"), data=tmp_path)
     assert table.count(", bar ") == 4
@@ -71,7 +70,6 @@ def test_our_loop_beside_the_tutorials(tmp_path: Path, config: Path) -> None:
 
 def test_flops_are_counted_without_those_on_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     """By hand, on 4^3 voxels: of 3 taps at 4 places 10 lie inside; the input itself needs no gradient."""
-    pytest.importorskip("einops")
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     from training import flops_a_crop
 

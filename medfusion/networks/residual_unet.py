@@ -142,8 +142,8 @@ class ResidualUNet(nn.Module):
         level = self.embed(fourier(log_noise_ratio))
         if self.classes is not None and classes is not None:
             level = level + self.classes(classes + 1)
-        x = x.contiguous(memory_format=torch.channels_last_3d)
         if self.stem:
+            x = x.contiguous(memory_format=torch.channels_last_3d)
             x = self.first(torch.cat([x, detail(x, log_noise_ratio)], dim=1))
         z = self.head(self._shown(fold(x), context, labels).contiguous(memory_format=torch.channels_last_3d))
         skips = []
@@ -192,7 +192,7 @@ class ResidualUNet(nn.Module):
 
 
 def detail(x: Tensor, log_noise_ratio: Tensor) -> Tensor:
-    """x less its local mean over 3x3x3 voxels, in units of the noise: of order one at every noise level."""
+    """x less its local mean over 3x3x3 voxels, in units of the noise or, below it, of DETAIL."""
     variance = torch.sigmoid(2 * log_noise_ratio.float())[:, None, None, None, None]  # r^2 / (1 + r^2)
     mean = F.avg_pool3d(x, 3, stride=1, padding=1, count_include_pad=False)
     return (x - mean) * (variance + DETAIL**2).rsqrt().to(x.dtype)

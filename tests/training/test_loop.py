@@ -284,7 +284,6 @@ def test_the_average_has_its_half_life_in_images_whatever_the_batch() -> None:
 def test_tensorboard_is_written_where_it_is_installed(
     tmp_path: Path, cases: list[Case], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     train(cases, toy_config(), tmp_path / "with", device="cpu")
