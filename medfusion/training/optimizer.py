@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from medfusion.config import TrainingConfig
-from medfusion.prior import fast_bfloat16
 
 WEIGHT_DECAY = 1e-5
 BETAS = (0.9, 0.99)
@@ -74,12 +73,18 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
-    """(n, a, b): U V^T of each matrix U S V^T, its singular values being 0.7 to 1.2 instead of 1 after five rounds."""
+    """(n, a, b): U V^T of each matrix U S V^T, its singular values being 0.7 to 1.2 instead of 1 after five rounds.
+
+    Each round is X <- p(G) X with G = X X^T. All p(G) commute, so the rounds are worked out on G, which is small,
+    and X itself is multiplied once: a fifth of the cost for kernels, whose matrices are wide.
+    """
     a, b, c = QUINTIC
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
-    x = wide.bfloat16() if fast_bfloat16(matrices.device) else wide
-    x = x / (torch.linalg.matrix_norm(x.float(), keepdim=True) + 1e-7).to(x.dtype)
+    x = wide / (torch.linalg.matrix_norm(wide, keepdim=True) + 1e-7)
+    gram, one = x @ x.mT, torch.eye(x.shape[1]).to(x)
+    product = one.expand_as(gram)
     for _ in range(rounds):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if matrices.shape[1] <= matrices.shape[2] else x.mT).to(matrices.dtype)
+        factor = a * one + b * gram + c * gram @ gram
+        product, gram = factor @ product, factor @ gram @ factor
+    x = product @ x
+    return x if matrices.shape[1] <= matrices.shape[2] else x.mT

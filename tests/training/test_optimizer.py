@@ -25,6 +25,17 @@ def test_orthogonal_keeps_the_singular_vectors_and_levels_the_values(shape: tupl
     torch.testing.assert_close(result, u @ values @ v.T, atol=0.02, rtol=0)
 
 
+def test_rounds_on_the_small_matrix_are_the_rounds_of_the_paper() -> None:
+    """X <- a X + (b X X^T + c (X X^T)^2) X on the matrix itself, with singular values down to 1e-5 of the largest."""
+    u, _, v = torch.linalg.svd(torch.randn(3, 24, 200, generator=torch.Generator().manual_seed(0)), full_matrices=False)
+    matrices = u @ torch.logspace(0, -5, 24).diag() @ v
+    x = matrices.double() / torch.linalg.matrix_norm(matrices.double(), keepdim=True)
+    for _ in range(5):
+        gram = x @ x.mT
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    torch.testing.assert_close(orthogonal(matrices).double(), x, atol=1e-3, rtol=0)
+
+
 def test_updates_have_the_size_of_adamws_whatever_the_gradient() -> None:
     for scale in (1e-3, 1e3):
         kernel = torch.nn.Parameter(torch.zeros(16, 16, 3, 3, 3))
