@@ -147,9 +147,10 @@ def test_full_disk_is_an_error_and_leaves_nothing(tmp_path):
 
 def test_control_c_leaves_nothing(tmp_path):
     script = """
-        import sys, time
+        import signal, sys, time
         from pathlib import Path
         from medfusion.io.output import staged
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # tests in the background inherit that it is ignored
         with staged(Path(sys.argv[1]) / "series") as folder:
             folder.mkdir()
             (folder / "1").write_text("half")
