@@ -76,7 +76,7 @@ def orthogonal(matrices: Tensor, rounds: int = 5) -> Tensor:
     """(n, a, b): U V^T of each matrix U S V^T, its singular values being 0.7 to 1.2 instead of 1 after five rounds.
 
     Each round is X <- p(G) X with G = X X^T. All p(G) commute, so the rounds are worked out on G, which is small,
-    and X itself is multiplied once: a fifth of the cost for kernels, whose matrices are wide.
+    and X itself is multiplied once: a third of the time for kernels, whose matrices are wide.
     """
     a, b, c = QUINTIC
     wide = matrices if matrices.shape[1] <= matrices.shape[2] else matrices.mT
