@@ -47,6 +47,8 @@ VARIANTS: dict[str, list[str]] = {
     "weight min-SNR": ["training.objective=min_snr"],
     "times: 85 % about real noise": ["training.times={lognormal_share: 0.85}"],
     "times: all uniform": ["training.times={lognormal_share: 0}"],
+    "average over 4 times as many crops": ["training.ema_half_life=240"],
+    "average over a quarter": ["training.ema_half_life=15"],
 }
 
 

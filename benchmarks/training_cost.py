@@ -3,8 +3,9 @@
     python benchmarks/training_cost.py [--beside recompute] [--device cuda]
     python benchmarks/training_cost.py --beside compile --crops 64 --channels 32,64,96,128
 
-`configs/brain_t1.yaml` with these channels, one crop a step; weights, gradients, average and optimiser as in training,
-each row in a process of its own. Seconds are the median of ``--repeats`` steps after one to warm up. Memory is what the
+`configs/brain_t1.yaml` with these channels, two crops a step (for a single small one torch leaves oneDNN for
+convolutions of its own, which are several times slower); weights, gradients, average and optimiser as in training, each
+row in a process of its own. Seconds are the median of ``--repeats`` steps after two to warm up. Memory is what the
 process grew by at its highest, on a GPU what its tensors took there; beside it what `medfusion train` predicts before
 the first step. The last three columns repeat it with the setting named by ``--beside``. Prints the rows of the table in
 `docs/training.md`.
@@ -34,7 +35,9 @@ from medfusion.training.optimizer import build_optimizers
 from medfusion.training.stages import Diffusion
 
 CONFIG = Path(__file__).parents[1] / "configs" / "brain_t1.yaml"
-CROPS = (32, 48, 64, 96)
+CROPS = (32, 48, 64)
+BATCH = 2  # crops a step
+WARM_UP = 2  # steps
 CHANNELS = ((32, 64, 96, 128), (48, 96, 128, 160), (64, 128, 192, 256))
 
 
@@ -59,8 +62,8 @@ def measure(config: Config, device: torch.device, repeats: int) -> Cost | None:
     average, optimizers = deepcopy(network), build_optimizers(network, config.training)
     if config.training.compile:
         network.compile()
-    shown, seconds = random_crop(config.data.crop).shown(device, config.diffused), []
-    for _ in range(repeats + 1):
+    shown, seconds = random_batch(config.data.crop).shown(device, config.diffused), []
+    for _ in range(WARM_UP + repeats):
         began = time.perf_counter()
         for optimizer in optimizers:
             optimizer.zero_grad()
@@ -74,14 +77,14 @@ def measure(config: Config, device: torch.device, repeats: int) -> Cost | None:
         seconds.append(time.perf_counter() - began)
     memory = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else high_water() - before
     parameters = sum(p.numel() for p in network.parameters())
-    return Cost(parameters, statistics.median(seconds[1:]), seconds[0], memory, predicted)
+    return Cost(parameters, statistics.median(seconds[WARM_UP:]), seconds[0], memory, predicted)
 
 
-def random_crop(edge: int) -> Sample:
-    """A batch of one; its values do not matter."""
-    image, context = torch.randn(1, 1, edge, edge, edge), torch.zeros(1, CONTEXT, *[edge // 2] * 3)
-    crop = Crop(image, context, None, torch.tensor([-1]))
-    return Sample(crop, torch.tensor([0]), torch.tensor([0.2]))
+def random_batch(edge: int) -> Sample:
+    """A batch whose values do not matter."""
+    image, context = torch.randn(BATCH, 1, edge, edge, edge), torch.zeros(BATCH, CONTEXT, *[edge // 2] * 3)
+    crop = Crop(image, context, None, torch.full((BATCH,), -1))
+    return Sample(crop, torch.arange(BATCH), torch.full((BATCH,), 0.2))
 
 
 def high_water() -> int:
@@ -95,7 +98,8 @@ def alone(
     """Measure in a process of its own, and so with a high-water mark of its own."""
     blocks = load_config(CONFIG).network.blocks[: len(channels)]
     changes = [f"network.channels={list(channels)}", f"network.blocks={list(blocks)}", f"data.crop={crop}"]
-    changes += ["training.batch=1", *(f"training.{name}={json.dumps(value)}" for name, value in settings.items())]
+    settings = {"batch": BATCH} | settings
+    changes += [f"training.{name}={json.dumps(value)}" for name, value in settings.items()]
     work = (load_config(CONFIG, changes), torch.device(arguments.device), arguments.repeats)
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:  # the parent runs no thread of torch
         return pool.submit(measure, *work).result()
@@ -129,8 +133,8 @@ def main() -> None:
         for channels in arguments.channels:
             plain = alone(crop, channels, {}, arguments)
             other = alone(crop, channels, {arguments.beside: True}, arguments)
-            size, rate = (f"{plain.parameters / 1e6:.1f} M", f"{crop**3 / plain.seconds:.3g}") if plain else ("", "")
-            row = [f"{crop}^3", ", ".join(map(str, channels)), size, rate, *cells(plain), *cells(other)]
+            size = [f"{plain.parameters / 1e6:.1f} M", f"{BATCH * crop**3 / plain.seconds:,.0f}"] if plain else ["", ""]
+            row = [f"{crop}^3", ", ".join(map(str, channels)), *size, *cells(plain), *cells(other)]
             print(f"| {' | '.join(row)} |", flush=True)
             if arguments.beside == "compile" and other:
                 print(f"\nThe first step, which compiles, took {other.first:.0f} s.\n")

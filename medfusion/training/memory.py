@@ -23,11 +23,11 @@ from medfusion.prior import half_width
 from medfusion.training.batches import Sample
 from medfusion.training.stages import Stage, with_settings
 
-# Peak resident memory of float32 steps on a CPU, measured with channels (16, 32) and (48, 96, 128, 160), crops of 64 to
-# 128, with and without recompute: 170 to 550 bytes a voxel and 200 MiB; the estimate was 1.0 to 1.5 times the peak.
-WORKSPACE = 1.4  # peak over what is kept for the backward pass: gradients on their way and scratch space
-BASE = 224 * 2**20  # what the libraries take for themselves, whatever the crop
-COPIES = 5  # of the weights: themselves, gradients, average, and two moments of AdamW
+# Peak resident memory of float32 steps on a CPU against this estimate: it was 1.0 to 1.7 times the peak, the most where
+# there is least (docs/training.md has the table, benchmarks/training_cost.py prints it).
+WORKSPACE = 1.5  # peak over what is kept for the backward pass: gradients on their way and scratch space
+BASE = 288 * 2**20  # what the libraries take for themselves, whatever the crop
+COPIES = 6  # of the weights: themselves, gradients, average, two moments of AdamW or Muon's and a copy at work
 RESIDENT_SHARE = 0.5  # of the GPU's memory that a training step leaves free; the whole set of scans may take it
 SCRATCH = 2.0  # peak of a forward pass over the input and output of its largest layer: one more of each, and casts
 BLOCK = 4  # times its input is what a residual block keeps; one of them at a time when they are recomputed
