@@ -104,4 +104,4 @@ def test_cost_of_a_step(tmp_path: Path) -> None:
     head, _, row = ([cell.strip() for cell in line.strip("|").split("|")] for line in printed.splitlines())
     assert row[:3] == ["16^3", "8, 16", "0.1 M"]
     assert len(row) == len(head)
-    assert all(float(cell) > 0 for cell in row[3:5])
+    assert all(float(cell.replace(",", "")) > 0 for cell in row[3:5])
