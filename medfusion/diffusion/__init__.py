@@ -4,6 +4,7 @@ process     VP, sub-VP, VE: how an image becomes noise
 denoiser    a network and how to read it: x_0 = denoise(x_t, t)
 objectives  what a network is trained to make small
 samplers    from noise to images
+noise_level  which level of noise an image has, by the prior's own residual
 flow        the probability-flow ODE: encoding, decoding, likelihood
 guidance    classes, one's own guidance, inpainting
 mixture     the Gaussian mixture whose answers are closed forms
@@ -15,6 +16,7 @@ from medfusion.diffusion.denoiser import Denoiser, Guidance, Network, Prediction
 from medfusion.diffusion.flow import bits_per_dimension, log_likelihood, probability_flow
 from medfusion.diffusion.guidance import classifier_free, classifier_guided, inpaint
 from medfusion.diffusion.mixture import GaussianMixture
+from medfusion.diffusion.noise_level import Residual, noise_ratio, residual
 from medfusion.diffusion.objectives import (
     ImportanceSampler,
     bound_term,
@@ -47,6 +49,7 @@ __all__ = [
     "Network",
     "Prediction",
     "Process",
+    "Residual",
     "SubVP",
     "Variance",
     "annealed_langevin",
@@ -67,10 +70,12 @@ __all__ = [
     "lognormal_times",
     "ncsn_ratio",
     "noise_like",
+    "noise_ratio",
     "predictor_corrector",
     "prior_term",
     "probability_flow",
     "regression_loss",
+    "residual",
     "separate",
     "target",
     "time_steps",
