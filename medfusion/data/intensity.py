@@ -6,6 +6,7 @@ move it, and inside the foreground, so that the share of air in the field of vie
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +31,21 @@ class IntensityScale:
 
     def apply(self, array: NDArray[Any]) -> NDArray[np.float32]:
         """Scan units to the prior's, float32."""
-        return ((array.astype(np.float64) - self.low) * (2 / (self.high - self.low)) - 1).astype(np.float32)
+        factor = 2 / (self.high - self.low)
+        return by_slice(lambda x: (x.astype(np.float64) - self.low) * factor - 1, array)
 
     def invert(self, array: NDArray[Any]) -> NDArray[np.float32]:
         """The prior's units to the scan's, float32."""
-        return ((array.astype(np.float64) + 1) * ((self.high - self.low) / 2) + self.low).astype(np.float32)
+        factor = (self.high - self.low) / 2
+        return by_slice(lambda x: (x.astype(np.float64) + 1) * factor + self.low, array)
+
+
+def by_slice(work: Callable[..., NDArray[Any]], *arrays: NDArray[Any]) -> NDArray[np.float32]:
+    """``work``, voxel by voxel in float64, of arrays of one shape: whole volumes would need several copies."""
+    out = np.empty(arrays[0].shape, np.float32)
+    for k, slices in enumerate(zip(*arrays, strict=True)):
+        out[k] = work(*slices)
+    return out
 
 
 def foreground(array: NDArray[Any]) -> NDArray[np.bool_]:
