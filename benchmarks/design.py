@@ -24,6 +24,7 @@ from medfusion.data.crops import split
 from medfusion.io import discover
 from medfusion.prior import build_network
 from medfusion.tasks.denoise import denoise_volume
+from medfusion.tasks.noise import Noise
 from medfusion.training import load_cases, train
 
 JUDGED = 4  # of the scans
@@ -63,7 +64,7 @@ def learn(name: str, arguments: argparse.Namespace) -> dict[str, object]:
     changes += [f"training.steps={steps}", f"training.validate_every={steps}", f"training.checkpoint_every={steps}"]
     out = arguments.out / name.replace(" ", "_")
     prior = train(cases, load_config(arguments.config, changes), out, data="IXI", device=arguments.device)
-    found = judge(judged, lambda noisy, sigma, box: denoise_volume(noisy, prior, sigma=sigma).volume.array)
+    found = judge(judged, lambda noisy, sigma, box: denoise_volume(noisy, prior, noise=Noise(sigma)).volume.array)
     seconds = round(3600 * prior.provenance["hours"])
     row = {"design": name, "steps": steps, "seconds": seconds, "parameters": prior.provenance["parameters"]}
     return row | {level: pair["denoised"] for level, pair in found.items()}

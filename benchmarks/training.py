@@ -58,6 +58,7 @@ from medfusion.io import Series, discover, read
 from medfusion.metrics import psnr
 from medfusion.prior import build_network, fast_bfloat16
 from medfusion.tasks.denoise import denoise_volume
+from medfusion.tasks.noise import Noise
 from medfusion.training import load_cases, train
 from medfusion.volume import Volume
 
@@ -120,7 +121,7 @@ def ours(arguments: argparse.Namespace) -> Row:
         "waiting": prior.provenance["waiting_for_data"],
         "arithmetic": prior.provenance["arithmetic"],
         "share of peak": flops * steps * batch / seconds / peak_flops(device, dtype),
-        "psnr": judge(judged, lambda noisy, sigma, box: denoise_volume(noisy, prior, sigma=sigma).volume.array),
+        "psnr": judge(judged, lambda noisy, sigma, box: denoise_volume(noisy, prior, noise=Noise(sigma)).volume.array),
     }
 
 

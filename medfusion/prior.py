@@ -120,8 +120,6 @@ class Prior:
         context: Tensor | None = None,
         labels: Tensor | None = None,
         classes: Tensor | None = None,
-        *,
-        margin: int = 0,
     ) -> Denoiser:
         """E[x_0 | x_t] for batches (b, 1, d, h, w) of any size, padded inside to what the network needs.
 
@@ -129,18 +127,15 @@ class Prior:
         ``context`` (b, 4, d/2, h/2, w/2) as in ``medfusion.data.crops.context_channels``; ``labels`` (b, d, h, w) and
         ``classes`` (b,) integers, -1 where unknown; None means unknown. Guidance towards labels or a class is
         ``medfusion.diffusion.classifier_free`` of a denoiser with them and one without.
-        ``margin`` adds that many replicated voxels on every side first; it goes with unknown context and labels only.
 
         Raises
         ------
         ValueError : labels or classes for a prior that was trained without, or a value that it was not trained on;
-            context or labels with a margin; when it is asked: context or labels of another shape than the image.
+            when it is asked: context or labels of another shape than the image.
         """
         known = self.config.network
         _within(labels, known.labels, "labels")
         _within(classes, len(known.classes), "classes")
-        if margin and not (context is None and labels is None):
-            raise ValueError("a margin goes with unknown context and labels only")
         if self.autoencoder is not None:
             context, labels = on_latents(context, labels, self.autoencoder.factor)
 
@@ -148,7 +143,6 @@ class Prior:
             multiple, shape = self.network.multiple, x.shape[2:]
             _lies_on(x, labels, 1, "labels")
             _lies_on(x, context, 2, "context")
-            x = _grown(x, [margin] * 6) if margin else x
             padding = _far_side([-n % multiple for n in x.shape[2:]])
             x = _grown(x, padding)
             told = None if context is None else _grown_to(context.to(x.device), [n // 2 for n in x.shape[2:]])
@@ -156,7 +150,7 @@ class Prior:
             class_ = None if classes is None else classes.to(x.device)
             with half_width(x.device):
                 output = self.network(x, log_noise_ratio.to(x.device), told, map_, class_)
-            d, h, w = (slice(margin, margin + n) for n in shape)
+            d, h, w = (slice(n) for n in shape)
             return output[..., d, h, w]
 
         return build_denoiser(self.config, network)

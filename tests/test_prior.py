@@ -173,9 +173,8 @@ def test_labels_and_classes_are_told_and_may_be_unknown(shape: tuple[int, int, i
         ({"labels": torch.full((1, 16, 16, 16), 3)}, "labels"),
         ({"labels": torch.full((1, 16, 16, 16), -2)}, "labels"),
         ({"classes": torch.tensor([2])}, "classes"),
-        ({"labels": torch.zeros(1, 16, 16, 16).long(), "margin": 4}, "margin"),
     ],
-    ids=["label too high", "label too low", "class too high", "margin"],
+    ids=["label too high", "label too low", "class too high"],
 )
 def test_what_the_prior_was_not_trained_on_is_refused(told: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
@@ -195,13 +194,6 @@ def test_what_lies_on_another_grid_is_refused() -> None:
         conditional_prior().denoiser(labels=torch.zeros(1, 16, 16, 18).long())(x, TIME)
     with pytest.raises(ValueError, match="context"):
         ask(random_prior(), x, torch.zeros(1, 4, 16, 16, 16))
-
-
-def test_a_margin_replicates_the_edge_and_is_cut_off_again() -> None:
-    prior, x = random_prior(), image(16, 16, 16)
-    padded = torch.nn.functional.pad(x, (8,) * 6, mode="replicate")
-    within = prior.denoiser(margin=8)(x, TIME)
-    torch.testing.assert_close(within, ask(prior, padded)[..., 8:24, 8:24, 8:24], rtol=0, atol=0)
 
 
 def test_priors_from_before_there_were_labels_and_classes_answer_as_they_did(tmp_path: Path) -> None:

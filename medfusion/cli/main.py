@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import signal
 import sys
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -34,6 +35,20 @@ Resume = Annotated[
     bool, typer.Option("--resume", help="Keep what an earlier run with the same inputs and settings made, do the rest.")
 ]
 Seed = Annotated[int, typer.Option(help="With the case name it fixes the noise that is drawn.")]
+
+
+class NoiseKind(StrEnum):
+    """Of noise: of magnitude MRI, or of everything else."""
+
+    gaussian = "gaussian"
+    rician = "rician"
+
+
+class Quality(StrEnum):
+    """How much work goes into a result."""
+
+    standard = "standard"
+    high = "high"
 
 
 def _version(asked: bool) -> None:
@@ -64,22 +79,55 @@ def inspect_command(
 @app.command("denoise")
 def denoise_command(
     input: Input,
-    output: Output,
+    output: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUT", help="Folder for the results, outside IN; none with --estimate-only."),
+    ] = None,
     prior: PriorName = "brain-t1",
     sigma: Annotated[float | None, typer.Option(min=0, help="Noise in the scan's units; default: estimated.")] = None,
+    kind: Annotated[NoiseKind | None, typer.Option(help="Of the noise; default: told from the air.")] = None,
+    quality: Annotated[
+        Quality, typer.Option(help="high: the mean of four views, four times slower.")
+    ] = Quality.standard,
+    samples: Annotated[int, typer.Option(min=0, help="Posterior samples, and with two or more their spread.")] = 0,
+    maps: Annotated[bool, typer.Option("--maps", help="Write what was taken off, and where it has structure.")] = False,
+    adapt: Annotated[
+        float | None, typer.Option(min=0.05, metavar="MINUTES", help="First train the prior on these scans.")
+    ] = None,
+    estimate_only: Annotated[bool, typer.Option("--estimate-only", help="Print the noise, write nothing.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="With --estimate-only: a JSON list.")] = False,
+    seed: Seed = 0,
     device: Device = None,
     volume: VolumeIndex = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
     """Remove noise: each scan comes back on its own grid, in its units and format (DICOM in, derived DICOM out)."""
-    from medfusion.cli.show import show_run
-    from medfusion.tasks.denoise import denoise
+    from medfusion.cli.denoise import denoise_scans, show_estimates
 
-    run = denoise(
-        input, output, prior=prior, sigma=sigma, device=device, volume=volume, overwrite=overwrite, resume=resume
+    if estimate_only == (output is not None):
+        raise typer.BadParameter("OUT is for results, and --estimate-only has none" if output else "OUT is missing")
+    if as_json and not estimate_only:
+        raise typer.BadParameter("--json is for --estimate-only")
+    if output is None:
+        raise typer.Exit(show_estimates(input, prior=prior, device=device, volume=volume, as_json=as_json))
+    code = denoise_scans(
+        input,
+        output,
+        adapt=adapt,
+        prior=prior,
+        sigma=sigma,
+        kind=kind and kind.value,
+        high_quality=quality is Quality.high,
+        samples=samples,
+        maps=maps,
+        seed=seed,
+        device=device,
+        volume=volume,
+        overwrite=overwrite,
+        resume=resume,
     )
-    raise typer.Exit(show_run(run, output))
+    raise typer.Exit(code)
 
 
 @app.command("detect")

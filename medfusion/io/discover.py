@@ -73,6 +73,20 @@ def read(series: Series, volume_index: int | None = None) -> Volume:
     return read_dicom(series)
 
 
+def read_volumes(series: Series, volume_index: int | None = None) -> Iterator[Volume]:
+    """All volumes of a 4D NIfTI, read once, or the one that ``volume_index`` picks; of a 3D scan that.
+
+    Raises
+    ------
+    MedfusionError : as ``read``.
+    """
+    if len(series.shape) < 4 or volume_index is not None or series.problems:
+        return iter([read(series, volume_index)])
+    from medfusion.io.nifti import read_nifti_volumes
+
+    return read_nifti_volumes(series)
+
+
 def _candidates(path: Path) -> list[Path]:
     """Files that may hold scans, in sorted order, as the folder's convention has it."""
     if path.is_file():

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import math
 import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,25 +60,50 @@ def read_nifti(series: Series, volume_index: int | None = None) -> Volume:
     MedfusionError : the file is damaged or unreadable, not a 3D image of real numbers, 4D without an index, or
         holds NaN, infinite or absurdly large values.
     """
+    image = _open_whole(series)
+    return _volume(series, image, _volume_index(series.name, image, volume_index))
+
+
+def read_nifti_volumes(series: Series) -> Iterator[Volume]:
+    """The volumes of a 4D file in their order, as ``read_nifti`` gives each, from a file that is read once."""
+    image = _open_whole(series)
+    return (_volume(series, image, index) for index in range(math.prod(_shape(image)[3:])))
+
+
+def _open_whole(series: Series) -> Any:
+    """Open as a nibabel image whose file was found sound to its end."""
     path = series.files[0]
     problems = describe_nifti(path, series.name).problems
     if problems:
         raise MedfusionError(f"{series.name}: {'; '.join(problems)}", file=path, fix="mend the file or leave it out")
     image = _open(path)
-    index = _volume_index(series.name, image, volume_index)
-    try:
-        if _gzipped(path):  # all of it: nibabel stops before the checksum
-            image = type(image).from_bytes(gzip.decompress(path.read_bytes()))
+    if not _gzipped(path):
+        return image
+    with _damage_told(series):  # all of it: nibabel stops before the checksum
+        return type(image).from_bytes(gzip.decompress(path.read_bytes()))
+
+
+def _volume(series: Series, image: Any, index: int) -> Volume:
+    with _damage_told(series):
         array = image.dataobj[((slice(None),) * 3 + (index, 0, 0, 0))[: len(image.shape)]]
-    except (OSError, EOFError, zlib.error) as error:
-        what = f"{series.name}: {_reason(path, error)}"
-        raise MedfusionError(what, file=path, fix="copy the file again from where it came") from error
     _check_values(series.name, array)
     return Volume(array.astype(_dtype_in_memory(image, array)), _affine(image), name=series.name, source=series)
 
 
-def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False, description: str = "") -> None:
-    """Write a volume to ``.nii`` or ``.nii.gz``, whole or not at all.
+@contextmanager
+def _damage_told(series: Series) -> Iterator[None]:
+    path = series.files[0]
+    try:
+        yield
+    except (OSError, EOFError, zlib.error) as error:
+        what = f"{series.name}: {_reason(path, error)}"
+        raise MedfusionError(what, file=path, fix="copy the file again from where it came") from error
+
+
+def write_nifti(
+    volume: Volume | Sequence[Volume], path: Path, *, overwrite: bool = False, description: str = ""
+) -> None:
+    """Write a volume, or a 4D series of volumes on one grid, to ``.nii`` or ``.nii.gz``, whole or not at all.
 
     On the grid of a NIfTI source the affine, both space codes and the units are the source's own, bit for bit.
     Otherwise the affine is the sform (code of the source, else scanner) in mm; it is the qform too unless it has
@@ -92,15 +119,17 @@ def write_nifti(volume: Volume, path: Path, *, overwrite: bool = False, descript
 
     if not path.name.endswith(SUFFIXES):
         raise MedfusionError(f"{path.name}: not a NIfTI file name", fix="end it in .nii or .nii.gz")
-    _check_values(volume.name, volume.array)
-    array = volume.array.astype(_dtype_on_disk(volume.array))
-    source = _source_image(volume)
+    first = volume if isinstance(volume, Volume) else volume[0]
+    array = first.array if isinstance(volume, Volume) else np.stack([each.array for each in volume], axis=-1)
+    _check_values(first.name, array)
+    array = array.astype(_dtype_on_disk(array), copy=False)
+    source = _source_image(first)
     image_class = nibabel.Nifti1Image if source is None else type(source)
     header = image_class.header_class()
     header.set_data_shape(array.shape)
     header.set_data_dtype(array.dtype)
     header["descrip"] = description.encode()[:79]
-    _set_space(header, volume, source)
+    _set_space(header, first, source)
     with staged(path, overwrite) as beside:
         image_class(array, None, header).to_filename(beside)
 
@@ -264,7 +293,7 @@ def _dtype_on_disk(array: NDArray[np.generic]) -> np.dtype[Any]:
 def _set_space(header: Any, volume: Volume, source: Any | None) -> None:
     """Copy the source's geometry on its own grid; describe another grid in the same world."""
     if source is not None and _unit(source) == 1 and _same_grid(volume, source):
-        header["pixdim"][:4] = source.header["pixdim"][:4]
+        header["pixdim"][:5] = source.header["pixdim"][:5]  # the fifth is the time between volumes
         for field in _SPACE_FIELDS:
             header[field] = source.header[field]
         return

@@ -70,8 +70,8 @@ def disk_full_told(path: Path, beside: Path | None = None) -> Iterator[None]:
 def check_output(out: Path, inputs: Path) -> None:
     """Check, before work starts, that ``out`` can be written and is apart from ``inputs``.
 
-    ``out`` is a folder, or one NIfTI file, which may exist: ``staged`` refuses or replaces it. Symbolic links are
-    followed. Nothing is left behind and ``out`` itself is not made.
+    ``out`` is a folder, or one NIfTI file or prior, which may exist: ``staged`` refuses or replaces it. Symbolic links
+    are followed. Nothing is left behind and ``out`` itself is not made.
 
     Raises
     ------
@@ -90,7 +90,7 @@ def check_output(out: Path, inputs: Path) -> None:
             input=inputs_real,
             fix="choose an empty or new folder, for example a sub-folder beside the input",
         )
-    _probe(out_real.parent if out.name.endswith((".nii", ".nii.gz")) else out_real)
+    _probe(out_real.parent if out.name.endswith((".nii", ".nii.gz", ".safetensors")) else out_real)
 
 
 def _probe(folder: Path) -> None:

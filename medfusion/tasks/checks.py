@@ -10,15 +10,17 @@ COARSE = 2.0  # times the prior's spacing: thicker slices than it has ever seen
 SMALLEST = 16  # voxels along an axis: fewer hold no anatomy to speak of
 
 
-def check_scan(volume: Volume, prior: Prior) -> None:
+def check_scan(volume: Volume, prior: Prior, *, patches: bool = False) -> None:
     """Refuse another modality than the prior's and slabs too thin to be a volume.
+
+    With ``patches`` a prior that is not told where it looks is asked about any modality.
 
     Raises
     ------
     MedfusionError : with the measured value.
     """
     wanted = prior.config.preprocessing.modality
-    if volume.modality and volume.modality != wanted:
+    if volume.modality not in ("", wanted) and not (patches and not prior.config.network.located):
         raise MedfusionError(
             f"{volume.name}: the prior {prior.name} is for {wanted}, this scan is {volume.modality}",
             fix=f"use a prior trained on {volume.modality}: `medfusion priors` lists those shipped",
@@ -32,8 +34,12 @@ def check_scan(volume: Volume, prior: Prior) -> None:
 
 
 def caution(volume: Volume, prior: Prior) -> str:
-    """What the reader of a result should know: "" or a clause about voxels much coarser than the prior's."""
-    spacing, largest = prior.config.preprocessing.spacing, float(volume.spacing.max())
-    if largest <= COARSE * spacing:
-        return ""
-    return f"; caution: voxels of {largest:.3g} mm, the prior knows {spacing:g} mm"
+    """What a reader of a result should know, clauses or "": voxels much coarser than the prior's, another modality."""
+    known, largest = prior.config.preprocessing, float(volume.spacing.max())
+    found = [f"; caution: voxels of {largest:.3g} mm, the prior knows {known.spacing:g} mm"] * (
+        largest > COARSE * known.spacing
+    )
+    found += [f"; caution: the prior knows {known.modality}, not {volume.modality}"] * (
+        volume.modality not in ("", known.modality)
+    )
+    return "".join(found)
