@@ -199,7 +199,7 @@ def quality(name: str, paths: list[tuple], arguments: argparse.Namespace, known:
     for path, beside, lesion_file in paths:
         clean, mask = load(path, beside)
         lesions = None if lesion_file is None else read(discover(lesion_file)[0]).array > 0
-        pictures = {"truth": clean}
+        pictures, shown = {"truth": clean}, ("noisy input", "scikit-image NLM", "BM4D", f"medfusion {SETS[name]}")
         for code in arguments.noise:
             todo = [method for method in rivals if (name, clean.name, code, method) not in known]
             noisy = add_noise(clean, mask, code) if todo else None
@@ -216,7 +216,8 @@ def quality(name: str, paths: list[tuple], arguments: argparse.Namespace, known:
                 megavoxels, db = clean.array.size / 1e6, psnr(clean.array, result, mask, 1.0)
                 values = (name, clean.name, code, method, db, float(similarity[mask].mean()), seconds, peak, megavoxels)
                 yield dict(zip(COLUMNS, (*values, told.get("sigma_ratio", ""), kept), strict=True))
-                pictures[method] = clean.with_array(result)
+                if method in shown:
+                    pictures[method] = clean.with_array(result)
         if len(pictures) > 1:
             (arguments.out / f"{name}.png").write_bytes(comparison_figure(pictures))
 

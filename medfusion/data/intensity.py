@@ -52,12 +52,19 @@ def foreground(array: NDArray[Any]) -> NDArray[np.bool_]:
     """Voxels of tissue: Otsu's threshold on a 3x3x3 mean, outliers clipped. Empty for a constant image."""
     import SimpleITK as sitk
 
-    smooth = ndimage.uniform_filter(array.astype(np.float32), 3)
+    smooth = _smoothed(array)
     low, high = np.percentile(smooth, (0.1, 99.5))
     if not high > low:
         return np.zeros(array.shape, dtype=bool)
-    image = sitk.GetImageFromArray(np.clip(smooth, low, high))
+    image = sitk.GetImageFromArray(np.clip(smooth, low, high, out=smooth))
     return sitk.GetArrayFromImage(sitk.OtsuThreshold(image, 0, 1, 256)).astype(bool)
+
+
+def _smoothed(array: NDArray[Any]) -> NDArray[np.float32]:
+    """Means over 3x3x3 voxels."""
+    smooth = array.astype(np.float32)
+    ndimage.uniform_filter(smooth, 3, output=smooth)
+    return smooth
 
 
 def measure_scale(array: NDArray[Any], percentile: float, name: str = "volume") -> IntensityScale:
@@ -72,7 +79,7 @@ def measure_scale(array: NDArray[Any], percentile: float, name: str = "volume") 
         raise MedfusionError(
             f"{name}: no tissue stands out from the background", range=f"{array.min()} to {array.max()}"
         )
-    smooth = ndimage.uniform_filter(array.astype(np.float32), 3)
+    smooth = _smoothed(array)
     low, high = float(np.median(smooth[~tissue])), float(np.percentile(smooth[tissue], percentile))
     return IntensityScale(low, high)
 

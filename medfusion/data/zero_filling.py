@@ -25,8 +25,8 @@ def acquired_shape(array: NDArray[np.generic], tissue: NDArray[np.bool_]) -> tup
     inside = window > 0.5
     if not inside.any():
         return array.shape
-    seen = (array.astype(np.float32) - np.float32(array[inside].mean(dtype=np.float64))) * window
-    return tuple(_acquired(seen, axis) for axis in range(array.ndim))
+    window *= array.astype(np.float32) - np.float32(array[inside].mean(dtype=np.float64))
+    return tuple(_acquired(window, axis) for axis in range(array.ndim))
 
 
 def to_shape(array: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.float32]:
@@ -43,7 +43,8 @@ def _acquired(seen: NDArray[np.float32], axis: int) -> int:
     n = seen.shape[axis]
     if n < SHORTEST:
         return n
-    power = np.square(np.abs(np.fft.rfft(seen, axis=axis))).sum(axis=tuple({0, 1, 2} - {axis}))
+    slices = np.moveaxis(seen, axis, -1)
+    power = np.sum([np.square(np.abs(np.fft.rfft(lines))).sum(axis=0) for lines in slices], axis=0)
     power = np.maximum(power, 1e-9 * power.max())
     w = n // 24  # of the smear, on either side
     level = ndimage.uniform_filter1d(np.log(power), w)

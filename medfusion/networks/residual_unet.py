@@ -145,7 +145,8 @@ class ResidualUNet(nn.Module):
         if self.stem:
             x = x.contiguous(memory_format=torch.channels_last_3d)
             x = self.first(torch.cat([x, detail(x, log_noise_ratio)], dim=1))
-        z = self.head(self._shown(fold(x), context, labels).contiguous(memory_format=torch.channels_last_3d))
+        shown = self._shown(fold(x), context, labels).contiguous(memory_format=torch.channels_last_3d)
+        z = F.conv3d(shown, self.head.weight[:, : shown.shape[1]], self.head.bias, padding=1)
         skips = []
         for k, stage in enumerate(self.down):
             for block in stage.children():
@@ -168,14 +169,13 @@ class ResidualUNet(nn.Module):
         return partial(checkpoint, block, use_reentrant=False)(z, level) if again else block(z, level)
 
     def _shown(self, z: Tensor, context: Tensor | None, labels: Tensor | None) -> Tensor:
-        """The folded image and, in channels behind it, what is known beside it."""
+        """The folded image and, in channels behind it, what is known beside it, unless nothing is."""
         shown, (b, _, *grid) = [z], z.shape
-        if self.located:
+        told = labels is not None and self.labels > 0
+        if self.located and (context is not None or told):
             context = z.new_zeros(b, CONTEXT, *grid) if context is None else context
             shown += [context.to(z), self.expected(context).to(z)]
-        if self.labels and labels is None:
-            shown.append(z.new_zeros(b, 8 * self.labels, *grid))
-        elif self.labels and labels is not None:
+        if labels is not None and told:
             values = torch.arange(self.labels, device=labels.device).view(1, -1, 1, 1, 1)
             shown.append(fold((labels[:, None] == values).to(z)))
         return torch.cat(shown, dim=1)

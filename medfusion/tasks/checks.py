@@ -23,7 +23,7 @@ def check_scan(volume: Volume, prior: Prior, *, patches: bool = False) -> None:
     if volume.modality not in ("", wanted) and not (patches and not prior.config.network.located):
         raise MedfusionError(
             f"{volume.name}: the prior {prior.name} is for {wanted}, this scan is {volume.modality}",
-            fix=f"use a prior trained on {volume.modality}: `medfusion priors` lists those shipped",
+            fix=f"use a prior trained on {volume.modality}" + ", or mri-patch, with a caution" * patches,
         )
     if min(volume.shape) < SMALLEST:
         raise MedfusionError(

@@ -8,9 +8,10 @@ say 6 %.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import combinations_with_replacement
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -128,7 +129,7 @@ def _map_of_levels(
     return np.exp(np.broadcast_to(whole, tissue.shape).clip(min(own), max(own))).astype(np.float32)
 
 
-def _polynomial(axes: list[NDArray[np.generic]], shape: tuple[int, ...]) -> list[NDArray[np.float64]]:
+def _polynomial(axes: Sequence[NDArray[Any]], shape: tuple[int, ...]) -> list[NDArray[np.float64]]:
     """1, x, y, z, and their six products, of coordinates from -1 to 1 along the axes of a volume."""
     x = [2 * np.asarray(axis, np.float64) / (n - 1) - 1 for axis, n in zip(axes, shape, strict=True)]
     return [np.ones_like(x[0]), *x, *(a * b for a, b in combinations_with_replacement(x, 2))]
