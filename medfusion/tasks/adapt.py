@@ -29,8 +29,8 @@ from medfusion.errors import MedfusionError
 from medfusion.io import discover, read_volumes, staged
 from medfusion.io.output import check_output
 from medfusion.prior import Prior
-from medfusion.tasks.denoise import NEGLIGIBLE, acquired_array, volume_noise
-from medfusion.tasks.noise import Kind, Noise, blocks
+from medfusion.tasks.denoise import acquired_array, volume_noise
+from medfusion.tasks.noise import NEGLIGIBLE, Kind, Noise, blocks
 from medfusion.tasks.runner import pick_device
 from medfusion.volume import Volume
 

@@ -32,16 +32,13 @@ from medfusion.io import Series, read_volumes, staged, write_derived_series, wri
 from medfusion.prior import Prior
 from medfusion.tasks.audit import Audit, audit_removed
 from medfusion.tasks.checks import caution, check_scan
-from medfusion.tasks.noise import Kind, Noise, measure_noise
+from medfusion.tasks.noise import NEGLIGIBLE, Kind, Noise, measure_noise
 from medfusion.tasks.runner import Run, Settings, run_jobs, scan_jobs, single_file
 from medfusion.tasks.tiles import tiled
 from medfusion.volume import Volume
 
 TILE = 192  # voxels along an edge: a tile needs about 2 GiB, and most MR volumes are one to four tiles
 MASKED_OUT = 0.2  # of the voxels: so many with the lowest value are a mask (skull-stripped scans), not dark tissue
-NEGLIGIBLE = (
-    0.01  # noise ratio, half a percent of the way from air to bright tissue: there 3 % of the noise can be taken off
-)
 CORRELATED = 0.1  # of the noise that neighbours share: more, and half of it is taken for anatomy
 LEVEL_STEP = 1.25  # between the levels that are blended where the noise differs from place to place
 FEW = 5  # volumes of a 4D series whose noise is measured

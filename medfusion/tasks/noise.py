@@ -36,6 +36,7 @@ FLAT_SHARE = 0.3  # of a block's tissue counts, where the clean image is flattes
 COARSE = 4  # voxels: blocks and air are looked for on every fourth voxel
 AIR_SHARE = 0.05  # of the voxels: with less air, nothing says that the noise is Rician
 RAYLEIGH = (0.7585, 1.1774, 1.6651)  # quartiles of the magnitude of complex noise with s = 1 in each channel
+NEGLIGIBLE = 0.01  # noise ratio, half a percent of the way from air to bright tissue: a prior takes 3 % of it off
 UNEVEN = 0.08  # between blocks, as a logarithm: even noise has 0.01 to 0.05
 STEP = 1.3  # between the levels at which a map looks
 REACH = 2.0  # times the one level, up and down, to which a map goes
@@ -78,7 +79,7 @@ def measure_noise(
         first = float(np.median([estimate_noise(block[0].cpu().numpy()) for block in y]))
         ratio, found = noise_ratio(denoise, y, lambda x0: _flat(x0, known), first=first, generators=_generators)
         sigma = ratio * unit
-        if _spread(found, _flat(found.x0, known)) > UNEVEN:
+        if ratio > NEGLIGIBLE and _spread(found, _flat(found.x0, known)) > UNEVEN:
             sigma_map = unit * _map_of_levels(array, scale, tissue, prior, ratio)
             sigma = float(np.median(sigma_map[tissue]))
     else:
