@@ -238,7 +238,7 @@ def retest(arguments: argparse.Namespace) -> None:
         methods["medfusion"] = lambda noisy, noise=noise: denoise_volume(noisy.volume, prior, noise=noise).volume.array
         for name, method in methods.items():
             result = np.asarray(method(noisy), np.float32)
-            slope, offset = np.polyfit(again[mask], result[mask], 1)
+            slope, offset = np.polyfit(again[mask].astype(np.float64), result[mask], 1)
             rows.append((pair.name, name, psnr(offset + slope * again, result, mask, 1.0)))
         print(f"{pair.name}: sigma {noise.sigma:.4f} {noise.kind}, neighbours share {noise.shared:.0%}", flush=True)
     print_means("PSNR to the second scan, dB", rows)

@@ -110,6 +110,8 @@ def denoise_command(
     if as_json and not estimate_only:
         raise typer.BadParameter("--json is for --estimate-only")
     if output is None:
+        if sigma is not None or kind or samples or maps or adapt or overwrite or resume or quality is Quality.high:
+            raise typer.BadParameter("--estimate-only goes with --prior, --device, --volume and --json alone")
         raise typer.Exit(show_estimates(input, prior=prior, device=device, volume=volume, as_json=as_json))
     code = denoise_scans(
         input,

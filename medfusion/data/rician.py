@@ -19,7 +19,6 @@ from scipy.integrate import cumulative_trapezoid
 from medfusion.data.intensity import by_slice
 
 FLOOR = float(np.sqrt(np.pi / 2))  # mean magnitude of pure noise
-AIR_STD = float(np.sqrt(2 - np.pi / 2))  # and its standard deviation
 BRIGHT = 12.0  # above this the distribution is Gaussian to 3e-4 and the tables end
 
 

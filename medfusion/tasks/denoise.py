@@ -37,7 +37,7 @@ from medfusion.tasks.runner import Run, Settings, run_jobs, scan_jobs, single_fi
 from medfusion.tasks.tiles import tiled
 from medfusion.volume import Volume
 
-TILE = 192  # voxels along an edge: a tile needs about 2 GiB, and most MR volumes are one to four tiles
+TILE = 192  # voxels along an edge: a tile with its surroundings needs 1.5 GB, and most MR volumes are one to four tiles
 MASKED_OUT = 0.2  # of the voxels: so many with the lowest value are a mask (skull-stripped scans), not dark tissue
 CORRELATED = 0.1  # of the noise that neighbours share: more, and half of it is taken for anatomy
 LEVEL_STEP = 1.25  # between the levels that are blended where the noise differs from place to place
@@ -297,11 +297,9 @@ def denoise(
     settings = Settings("denoise", input, output, prior, device, options, volume, overwrite, resume)
     replaced = overwrite or resume
 
-    def as_dicom(series: Series) -> bool:
-        return series.kind == "dicom" and len(series.files) > 1 and not single_file(output)
-
     def targets(series: Series) -> list[Path]:
-        named = output / f"{series.name}_denoised{'' if as_dicom(series) else '.nii.gz'}"
+        dicom = series.kind == "dicom" and len(series.files) > 1
+        named = output / f"{series.name}_denoised{'' if dicom else '.nii.gz'}"
         main = output if single_file(output) else named
         drawn = [f"sample-{k}" for k in range(1, samples + 1)] + ["std"] * (samples > 1)
         drawn += ["removed", "structure"] * maps
@@ -313,33 +311,47 @@ def denoise(
         noise = series_noise(scans, loaded, **given)
         results = [denoise_volume(scan, loaded, noise=noise, **asked) for scan in scans]
         first, audit = results[0], audit_denoised(scans[0], results[0])
-        found = summary(first, audit)
-        if as_dicom(series):
-            made = f"Diffusion posterior mean, prior {loaded.name}" if first.time > 0 else "Values unchanged"
-            write_derived_series(
-                first.volume,
-                series,
-                main,
-                description="denoised",
-                derivation=f"{made}, noise {found}",
-                smoothing=first.time > 0,
-                overwrite=replaced,
-            )
-        else:
-            write_nifti([r.volume for r in results] if len(results) > 1 else first.volume, main, overwrite=replaced)
-        written = [[r.samples[k] for r in results] for k in range(samples)]
-        if samples > 1:
-            written.append([r.std for r in results])
-        if maps:
-            written += [[each] for each in _maps(scans[0], first, audit)]
+        _write_result(results, audit, main, series, loaded, replaced)
+        written = _drawn(results) + (_maps(scans[0], first, audit) if maps else [])
         for path, volumes in zip(further, written, strict=True):
-            write_nifti(volumes if len(volumes) > 1 else volumes[0], path, overwrite=replaced)
+            write_nifti(volumes, path, overwrite=replaced)
         with staged(sidecar, replaced) as unfinished:
             unfinished.write_text(json.dumps(facts(first, audit, loaded), indent=2) + "\n")
         seen(main, scans[0], first, audit)
-        return found + caution(scans[0], loaded)
+        return summary(first, audit) + caution(scans[0], loaded)
 
     return run_jobs(settings, scan_jobs(settings, targets, work))
+
+
+def _write_result(
+    results: Sequence[Denoised], audit: Audit | None, main: Path, series: Series, prior: Prior, overwrite: bool
+) -> None:
+    """The main output: a NIfTI file, 4D where there are several results, or a folder with a derived series."""
+    first = results[0]
+    if single_file(main):
+        write_nifti(_together([result.volume for result in results]), main, overwrite=overwrite)
+        return
+    made = f"Diffusion posterior mean, prior {prior.name}" if first.time > 0 else "Values unchanged"
+    write_derived_series(
+        first.volume,
+        series,
+        main,
+        description="denoised",
+        derivation=f"{made}, noise {summary(first, audit)}",
+        smoothing=first.time > 0,
+        overwrite=overwrite,
+    )
+
+
+def _drawn(results: Sequence[Denoised]) -> list[Volume | list[Volume]]:
+    """The samples and, of two or more, their standard deviation; each 4D where there are several results."""
+    count = len(results[0].samples)
+    drawn = [_together([result.samples[k] for result in results]) for k in range(count)]
+    return [*drawn, _together([result.std for result in results])] if count > 1 else drawn
+
+
+def _together(volumes: list[Volume]) -> Volume | list[Volume]:
+    return volumes if len(volumes) > 1 else volumes[0]
 
 
 def summary(denoised: Denoised, audit: Audit | None) -> str:
@@ -399,7 +411,7 @@ def facts(denoised: Denoised, audit: Audit | None, prior: Prior) -> dict[str, An
     }
 
 
-def _maps(volume: Volume, denoised: Denoised, audit: Audit | None) -> list[Volume]:
+def _maps(volume: Volume, denoised: Denoised, audit: Audit | None) -> list[Volume | list[Volume]]:
     """What was taken off in the scan's units, and where it has structure."""
     removed = volume.array.astype(np.float32) - denoised.volume.array.astype(np.float32)
     if audit is None:

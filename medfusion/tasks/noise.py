@@ -37,7 +37,7 @@ COARSE = 4  # voxels: blocks and air are looked for on every fourth voxel
 AIR_SHARE = 0.05  # of the voxels: with less air, nothing says that the noise is Rician
 RAYLEIGH = (0.7585, 1.1774, 1.6651)  # quartiles of the magnitude of complex noise with s = 1 in each channel
 NEGLIGIBLE = 0.01  # noise ratio, half a percent of the way from air to bright tissue: a prior takes 3 % of it off
-UNEVEN = 0.08  # between blocks, as a logarithm: even noise has 0.01 to 0.05
+UNEVEN = 0.065  # between blocks, as a logarithm: even noise has 0.01 to 0.05, noise that triples along a head 0.09
 STEP = 1.3  # between the levels at which a map looks
 REACH = 2.0  # times the one level, up and down, to which a map goes
 

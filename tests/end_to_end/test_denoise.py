@@ -80,6 +80,7 @@ def test_the_estimate_alone_writes_nothing(tmp_path: Path) -> None:
         (["out"], ["--estimate-only"], "--estimate-only has none"),
         ([], [], "OUT is missing"),
         (["out"], ["--json"], "--json is for --estimate-only"),
+        ([], ["--estimate-only", "--samples", "2"], "--estimate-only goes with"),
         (["out"], ["--adapt", "0"], "--adapt"),
     ],
 )
