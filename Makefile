@@ -22,7 +22,7 @@ test: $(VENV)/.installed-dev tools
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8
 
 slow: $(VENV)/.installed-dev tools
 	$(BIN)/python -m pytest -m slow
