@@ -61,15 +61,15 @@ PHOTONS = 2e5  # that reach a detector element without a patient
 VIEWS = 360
 MINUTES = 10.0
 AROUND = 8  # voxels kept around the tissue
-SETS = {  # and the prior for each
+SETS = {  # and the prior for each: brain-t1 where scans are like those that it was trained on
     "ixi": "brain-t1",
-    "oasis-2mm": "brain-t1",
-    "oasis-1mm": "brain-t1",
+    "oasis-2mm": "mri-patch",
+    "oasis-1mm": "mri-patch",
     "contrasts": "mri-patch",
     "glioma": "mri-patch",
-    "mprage": "brain-t1",
+    "mprage": "mri-patch",
     "ct": "mri-patch",
-    "retest": "brain-t1",
+    "retest": "mri-patch",
     "template": "brain-t1",
     "coverage": "brain-t1",
     "adapt": "",  # that of each set
