@@ -20,8 +20,9 @@ from medfusion.data.cache import cache_file, load_case, save_case
 from medfusion.data.crops import STRIPPED, UNKNOWN, WHOLE_HEAD, Case, prepare, stripped
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, discover, read
+from medfusion.io.companions import companion, read_beside, read_labels, require_stars, some
 from medfusion.training.audit import Audit, Scan, measure
-from medfusion.training.companions import companion, read_beside, read_classes, read_labels, require_stars, some
+from medfusion.training.classes import read_classes
 
 MOST_WORKERS = 8  # scans prepared at a time: each takes several copies of its voxels
 
