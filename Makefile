@@ -45,11 +45,12 @@ $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(PIP) --editable '.[dev]'
 	@touch $@ $(VENV)/.installed
 
-# Two programs that no Python package brings: a DICOM conformance checker and a browser for the reports.
+# What no Python package brings: a DICOM conformance checker, and a browser with its driver for the reports.
 tools:
-	@command -v dciodvfy >/dev/null && command -v chromium >/dev/null || \
+	@command -v dciodvfy >/dev/null && command -v chromium >/dev/null && command -v chromedriver >/dev/null || \
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	    apt-get -qq -o Acquire::http::Timeout=20 update >/dev/null 2>&1 && \
 	    DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends dicom3tools chromium \
-	      >/dev/null 2>&1; } || \
-	  echo 'dciodvfy or chromium is missing (Debian: dicom3tools, chromium); the tests that need them are skipped'
+	      chromium-driver >/dev/null 2>&1; } || \
+	  echo 'dciodvfy, chromium or chromedriver is missing (Debian: dicom3tools, chromium, chromium-driver);' \
+	    'the tests that need them are skipped'

@@ -7,10 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from medfusion import __version__
 from medfusion.io.output import staged
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,15 @@ def write_report(path: Path, title: str, sections: Sequence[Section], *, subtitl
     ------
     MedfusionError : the folder of ``path`` cannot be written.
     """
+    environment = template_environment()
+    environment.tests["a"] = lambda block, kind: type(block).__name__ == kind
+    html = environment.get_template("template.html").render(title=title, subtitle=subtitle, sections=sections)
+    with staged(path, overwrite=True) as beside:
+        beside.write_text(html, encoding="utf-8")
+
+
+def template_environment() -> Environment:
+    """Templates of this folder; text is escaped, and ``version``, ``written`` and the filter ``cell`` are there."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
@@ -81,16 +93,8 @@ def write_report(path: Path, title: str, sections: Sequence[Section], *, subtitl
         lstrip_blocks=True,
     )
     environment.filters["cell"] = format_cell
-    environment.tests["a"] = lambda block, kind: type(block).__name__ == kind
-    html = environment.get_template("template.html").render(
-        title=title,
-        subtitle=subtitle,
-        sections=sections,
-        version=__version__,
-        written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
-    )
-    with staged(path, overwrite=True) as beside:
-        beside.write_text(html, encoding="utf-8")
+    environment.globals.update(version=__version__, written=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC")
+    return environment
 
 
 def run_section(run: Mapping[str, Any], title: str = "This run") -> Section:

@@ -1,0 +1,226 @@
+"""Review page: the findings of one scan in a viewer, where a reader judges each; one file, offline, nothing is sent.
+
+The viewer is NiiVue (vendor/niivue). Scan, signed anomaly map and mask lie in the page as gzipped NIfTI in base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy import ndimage
+
+from medfusion.io.output import staged
+from medfusion.report.figures import grey_window, slice_figure
+from medfusion.report.page import Figure, template_environment
+from medfusion.volume import Volume
+
+if TYPE_CHECKING:
+    from medfusion.io.findings import Finding
+
+VOXELS = 20_000_000  # more than these are shown at half resolution
+LEVELS = 1000  # values that scan and map are rounded to, so that the page stays small
+LARGE, FEW_LEVELS = 8_000_000, 250  # a scan of more voxels is rounded to fewer values
+PICTURES = 12  # findings with a picture of their own
+
+_HERE = Path(__file__).parent
+
+
+def write_review(
+    path: Path,
+    scan: Volume,
+    signed: NDArray[np.float32],
+    findings: Sequence[Finding],
+    *,
+    threshold: float,
+    facts: Mapping[str, object],
+    mask: NDArray[np.uint8],
+    overwrite: bool = False,
+) -> None:
+    """Write the page on which a reader looks at the findings of one scan, judges them and saves a table.
+
+    The table, ``CASE_review.csv``, has a row per finding with its verdict (true, false, unsure) and comment, and a row
+    with verdict "missed" per place that the reader added. Verdicts are kept in the browser, by case and results.
+
+    Parameters
+    ----------
+    signed : anomaly map on the scan's grid, above zero where brighter than expected, below where darker. Half the
+        threshold and less is left out of the page.
+    threshold : size of ``signed`` from which it is shown at first.
+    facts : names and values for a box; the texts in a sequence "Cautions" stand above the viewer.
+    mask : non-zero voxels on the scan's grid belong to findings; the viewer outlines them.
+
+    Raises
+    ------
+    ValueError : the map or the mask is not on the scan's grid.
+    MedfusionError : ``path`` exists and ``overwrite`` is False; its folder cannot be written; the disk is full.
+    """
+    if not scan.shape == signed.shape == mask.shape:
+        raise ValueError(f"{scan.name}: scan {scan.shape}, map {signed.shape} and mask {mask.shape} differ in shape")
+    signed = np.nan_to_num(signed)
+    window, peak = grey_window(scan), max(float(np.abs(signed).max()), threshold) or 1.0
+    factors = _display_factors(scan)
+    affine = _block_affine(scan.affine, factors)
+    volumes = {
+        "scan": _scan_nifti(_blocks(scan.array, factors, np.mean), affine),
+        "map": _map_nifti(_blocks(signed, factors, _extreme), affine, threshold / 2, peak),
+        "mask": _nifti(
+            ndimage.binary_dilation(_blocks(mask != 0, factors, np.max)), affine
+        ),  # outlined outside the map
+    }
+    rows = [{key: _finite(value) for key, value in asdict(finding).items()} for finding in findings]
+    page = {
+        "case": scan.name,
+        "results": _digest(scan.name, rows, threshold, signed),
+        "findings": rows,
+        "threshold": threshold,
+        "least": threshold / 2,
+        "peak": peak,
+        "window": window,
+        "to_voxel": np.linalg.inv(scan.affine)[:3].tolist(),
+        "shape": scan.shape,
+    }
+    scripts = [(_HERE / "vendor/niivue/niivue.umd.js").read_text("utf-8"), (_HERE / "review.js").read_text("utf-8")]
+    environment = template_environment()
+    environment.filters["place"] = format_place
+    html = environment.get_template("review.html").render(
+        page=page,
+        volumes=volumes,
+        scripts=scripts,
+        script_hashes=[_script_hash(script) for script in scripts],
+        factors=factors if max(factors) > 1 else (),
+        cautions=facts.get("Cautions", ()),
+        facts={name: value for name, value in facts.items() if name != "Cautions"},
+        pictures=_pictures(scan, signed, findings, threshold, mask, window),
+        pictures_at_most=PICTURES,
+        licence=(_HERE / "vendor/niivue/LICENSE").read_text("utf-8"),
+    )
+    with staged(path, overwrite) as beside:
+        beside.write_text(html, encoding="utf-8")
+
+
+def format_place(position_mm: ArrayLike) -> str:
+    """World RAS mm with the side in letters, as signs mean the opposite in LPS: "L 12, A 34, S 5"."""
+    sides = zip(("LR", "PA", "IS"), np.rint(position_mm), strict=True)
+    return ", ".join(f"{letters[int(value >= 0)]} {abs(value):.0f}" for letters, value in sides)
+
+
+def _pictures(
+    scan: Volume,
+    signed: NDArray[np.float32],
+    findings: Sequence[Finding],
+    threshold: float,
+    mask: NDArray[np.uint8],
+    window: tuple[float, float],
+) -> list[Figure]:
+    """The slices through the largest finding, then through each of the first findings."""
+    size, label = np.abs(signed), "anomaly, either direction"
+    places: list[tuple[str, Sequence[float] | None]] = [("Overview", None)]
+    for finding in findings[:PICTURES]:
+        position = (finding.x, finding.y, finding.z)
+        caption = f"Finding {finding.number}: {format_place(position)} mm, {finding.volume_ml:.2g} ml"
+        places.append((", ".join(filter(None, (caption, finding.direction, finding.label))), position))
+    return [
+        Figure(
+            slice_figure(
+                scan,
+                overlay=size,
+                threshold=threshold,
+                overlay_label=label,
+                mask=mask,
+                position_mm=position,
+                window=window,
+            ),
+            f"Axial, coronal and sagittal slice. {caption}",
+            caption,
+        )
+        for caption, position in places
+    ]
+
+
+def _display_factors(scan: Volume) -> tuple[int, int, int]:
+    """Voxels joined along i, j, k for display: the finest axes are halved until few enough voxels are left."""
+    factors = np.ones(3, dtype=int)
+    while np.prod(-(-np.array(scan.shape) // factors)) > VOXELS:
+        spacing = scan.spacing * factors
+        factors[spacing < 1.5 * spacing.min()] *= 2
+    i, j, k = factors.tolist()
+    return i, j, k
+
+
+def _blocks(array: NDArray[Any], factors: tuple[int, int, int], join: Any) -> NDArray[Any]:
+    """``join`` over blocks of that many voxels; the last block of an axis repeats its last voxel."""
+    if max(factors) == 1:
+        return array
+    padded = np.pad(array, [(0, -n % f) for n, f in zip(array.shape, factors, strict=True)], mode="edge")
+    split = [size for n, f in zip(padded.shape, factors, strict=True) for size in (n // f, f)]
+    return np.asarray(join(padded.reshape(split), axis=(1, 3, 5)))
+
+
+def _extreme(array: NDArray[Any], axis: tuple[int, ...]) -> NDArray[Any]:
+    """The value farthest from zero."""
+    highest, lowest = array.max(axis=axis), array.min(axis=axis)
+    return np.where(highest >= -lowest, highest, lowest)
+
+
+def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """One voxel larger: its outline then runs around the coloured map, which would cover it."""
+    grown: NDArray[np.bool_] = ndimage.binary_dilation(mask)
+    return grown
+
+
+def _block_affine(affine: NDArray[np.float64], factors: tuple[int, int, int]) -> NDArray[np.float64]:
+    """Affine of the blocks: the centre of the first is in the middle of its voxels."""
+    block = np.diag([*factors, 1.0])
+    block[:3, 3] = (np.array(factors) - 1) / 2
+    return affine @ block
+
+
+def _scan_nifti(array: NDArray[Any], affine: NDArray[np.float64]) -> str:
+    """Clipped to the middle 99.98 % of its values."""
+    low, high = (float(value) for value in np.percentile(array, (0.01, 99.99)))
+    count, dtype = (FEW_LEVELS, np.uint8) if array.size > LARGE else (LEVELS, np.int16)
+    step = (high - low) / count or 1.0
+    levels = (np.clip(array, low, high).astype(np.float32) - low) / step
+    return _nifti(np.rint(levels).astype(dtype), affine, step, low)
+
+
+def _map_nifti(array: NDArray[Any], affine: NDArray[np.float64], least: float, peak: float) -> str:
+    levels = np.where(np.abs(array) > least, array, 0) / (peak / LEVELS)
+    return _nifti(np.rint(levels).astype(np.int16), affine, peak / LEVELS)
+
+
+def _nifti(levels: NDArray[Any], affine: NDArray[np.float64], slope: float = 1.0, intercept: float = 0.0) -> str:
+    """Gzipped NIfTI of ``slope`` * levels + ``intercept``, in base64."""
+    import nibabel
+
+    levels = levels.astype(np.uint8) if levels.dtype == np.bool_ else levels
+    image = nibabel.Nifti1Image(levels, affine)
+    image.header.set_xyzt_units("mm")
+    image.header.set_slope_inter(slope, intercept)
+    return base64.b64encode(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)).decode("ascii")
+
+
+def _digest(name: str, rows: Sequence[Mapping[str, object]], threshold: float, signed: NDArray[np.float32]) -> str:
+    """What tells these results from others of the same case."""
+    text = json.dumps([name, rows, threshold])
+    return hashlib.sha256(text.encode() + np.ascontiguousarray(signed).tobytes()).hexdigest()[:16]
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _script_hash(script: str) -> str:
+    """For the Content-Security-Policy: this script runs, no other."""
+    return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
