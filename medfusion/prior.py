@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -17,9 +17,11 @@ from medfusion.config import Config
 from medfusion.diffusion import VE, VP, Denoiser, Network, Process, SubVP
 from medfusion.errors import MedfusionError
 from medfusion.networks import Autoencoder, ResidualUNet, on_latents
+from medfusion.reference import Reference
 
 FORMAT = "medfusion-prior-1"
 AUTOENCODER = "autoencoder."  # begins the names of its weights in the file
+REFERENCE = "reference.{}."  # begins the names of the arrays of the healthy reference of that number
 
 
 def build_network(config: Config) -> ResidualUNet:
@@ -67,12 +69,14 @@ class Prior:
     network : ``ResidualUNet`` in evaluation mode.
     provenance : what it was trained on and when; printed by ``medfusion priors`` and written in ``run.json``.
     autoencoder : of a latent prior, whose network works on its latents; None: the network works on voxels.
+    references : what methods of detection leave on healthy scans, at most one of a method and kind of scan.
     """
 
     config: Config
     network: ResidualUNet
     provenance: dict[str, Any]
     autoencoder: Autoencoder | None = None
+    references: tuple[Reference, ...] = ()
 
     @property
     def name(self) -> str:
@@ -156,17 +160,21 @@ class Prior:
         return build_denoiser(self.config, network)
 
     def save(self, path: Path) -> None:
-        """Write weights in half precision and everything else as JSON in the file's metadata."""
+        """Write weights in half precision, healthy references, and all else as JSON in the file's metadata."""
         from safetensors.torch import save
 
         weights = self.network.state_dict()
         if self.autoencoder is not None:
             weights |= {AUTOENCODER + name: tensor for name, tensor in self.autoencoder.state_dict().items()}
         weights = {name: tensor.detach().cpu().half().contiguous() for name, tensor in weights.items()}
+        for number, reference in enumerate(self.references):
+            arrays = reference.tensors().items()
+            weights |= {REFERENCE.format(number) + name: torch.from_numpy(array.copy()) for name, array in arrays}
         metadata = {
             "format": FORMAT,
             "config": self.config.model_dump_json(),
             "provenance": json.dumps(self.provenance, sort_keys=True),
+            "references": json.dumps([reference.facts() for reference in self.references]),
         }
         path.write_bytes(save(weights, metadata))  # save_file would make a file that only its owner can read
 
@@ -185,7 +193,9 @@ class Prior:
         config, provenance = read_metadata(path)
         network, autoencoder = build_network(config), build_autoencoder(config)
         try:
-            weights = {name: tensor.float() for name, tensor in load_file(path).items()}
+            tensors = load_file(path)
+            references = tuple(_references(path, tensors))
+            weights = {name: tensor.float() for name, tensor in tensors.items()}
             if autoencoder is not None:
                 inner = [name for name in weights if name.startswith(AUTOENCODER)]
                 autoencoder.load_state_dict({name.removeprefix(AUTOENCODER): weights.pop(name) for name in inner})
@@ -197,7 +207,19 @@ class Prior:
         for module in (network, autoencoder):
             if module is not None:
                 module.eval().requires_grad_(False).to(device=device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-        return cls(config, network, provenance, autoencoder)
+        return cls(config, network, provenance, autoencoder, references)
+
+
+def _references(path: Path, tensors: dict[str, Tensor]) -> Iterator[Reference]:
+    """The healthy references in a file, whose tensors are taken out of ``tensors``."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="np") as file:
+        facts = json.loads((file.metadata() or {}).get("references", "[]"))
+    for number, known in enumerate(facts):
+        begin = REFERENCE.format(number)
+        names = [name for name in tensors if name.startswith(begin)]
+        yield Reference.of({name.removeprefix(begin): tensors.pop(name).numpy() for name in names}, known)
 
 
 def _far_side(padding: Sequence[int]) -> list[int]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from medfusion.cli.detect import detect_scans
 from medfusion.cli.inspect import inspect
 from medfusion.cli.show import show_run
 from medfusion.data.grid import canonical, from_canonical
@@ -20,7 +21,6 @@ from medfusion.metrics import dice, psnr
 from medfusion.report import Figure, Section, Table, comparison_figure, run_section, slice_figure, write_report
 from medfusion.tasks.augment import augment
 from medfusion.tasks.denoise import denoise
-from medfusion.tasks.detect import detect
 from medfusion.tasks.runner import Run
 from medfusion.volume import Volume
 
@@ -70,7 +70,7 @@ def detect_section() -> Section:
     print(f"Dice of the mask with the planted lesions: {overlap:.3f}")
     with (OUT / "detected/head_lesions_findings.csv").open() as file:
         findings = list(csv.DictReader(file))
-    columns = ("x", "y", "z", "volume_ml", "peak", "mean", "direction")
+    columns = ("number", "x", "y", "z", "volume_ml", "peak", "direction", "p")
     heat = slice_figure(
         scan, overlay=anomaly.array, threshold=2.0, overlay_label="standard deviations", mask=truth.array
     )
@@ -80,7 +80,8 @@ def detect_section() -> Section:
     return Section(
         "Detect",
         [
-            f"Dice of the mask with the planted lesions: {overlap:.3f}; {len(findings)} region(s) found.",
+            f"Dice of the mask with the planted lesions: {overlap:.3f}; {len(findings)} finding(s). "
+            "detected/head_lesions_review.html is the page to review them on.",
             Table(
                 ("Planted lesion", "Volume, ml", "Peak of the heatmap, SD", "Found"), lesion_rows(anomaly, mask, truth)
             ),
@@ -89,7 +90,7 @@ def detect_section() -> Section:
             Table(
                 columns,
                 [[f[c] for c in columns] for f in findings[:15]],
-                "The findings, largest peak first (15 at most).",
+                "The findings, least likely in a healthy scan first (15 at most).",
             ),
         ],
     )
@@ -131,7 +132,9 @@ def main() -> None:
     runs = {}
     runs["denoised"] = denoise(SAMPLES / "noisy", OUT / "denoised", overwrite=True)
     runs["denoised_dicom"] = denoise(SAMPLES / "noisy_dicom", OUT / "denoised_dicom", overwrite=True)
-    runs["detected"] = detect(SAMPLES / "lesions", OUT / "detected", overwrite=True)
+    runs["detected"] = detect_scans(
+        SAMPLES / "lesions", OUT / "detected", prior="brain-t1", method="default", overwrite=True, resume=False
+    )
     runs["augmented"] = augment(SAMPLES / "head_clean.nii.gz", OUT / "augmented", number=2, overwrite=True)
     failed = sum(show_run(run, OUT / folder) for folder, run in runs.items())
     if failed:

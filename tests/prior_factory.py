@@ -9,14 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
-from torch import Tensor, nn
-from torch.nn import functional as F
+from torch import nn
 
 from medfusion.config import Config
-from medfusion.data.grid import canonical, resampled
-from medfusion.data.intensity import measure_scale
 from medfusion.prior import Prior, build_network
-from medfusion.volume import Volume
 
 CENTRE = np.array([3.0, -5.0, 7.0])  # world millimetres, RAS, of the phantom's centre
 RADIUS = 36.0  # mm
@@ -60,28 +56,6 @@ def conditional_prior() -> Prior:
     """A random prior that is told a label map of the values 0 to 2 and one of the classes a and b."""
     shown = {"located": False, "labels": 3, "classes": ("a", "b")}
     return random_prior(config=tiny_config(network=shown, data={"labels": "*_seg.nii.gz", "classes": "classes.csv"}))
-
-
-class Memory(nn.Module):
-    """A network that answers with one known image, whatever it is shown."""
-
-    multiple = 2
-
-    def __init__(self, image: NDArray[np.float32]) -> None:
-        super().__init__()
-        padding = [value for n in reversed(image.shape) for value in (0, n % 2)]
-        self.image = nn.Parameter(F.pad(torch.from_numpy(image)[None, None], padding), requires_grad=False)
-
-    def forward(self, x: Tensor, log_noise_ratio: Tensor, *beside: Tensor | None) -> Tensor:
-        return self.image.expand_as(x)
-
-
-def knowing_prior(scan: Volume, healthy: Volume) -> Prior:
-    """The prior that rebuilds exactly ``healthy`` from ``scan``, which lies on the same grid in the same units."""
-    config = tiny_config(process={"prediction": "x0"})
-    grid, truth = (resampled(canonical(volume), config.preprocessing.spacing) for volume in (scan, healthy))
-    image = measure_scale(grid.array, config.preprocessing.percentile).apply(truth.array)
-    return Prior(config, Memory(image), PROVENANCE)  # type: ignore[arg-type]
 
 
 def saved(prior: Prior, folder: Path) -> str:

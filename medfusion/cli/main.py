@@ -25,6 +25,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+evaluate_app = typer.Typer(help="Measure on scans with truth.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate")
+
 Input = Annotated[Path, typer.Argument(metavar="IN", help="A NIfTI file, or a folder of NIfTI files or DICOM series.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results; must lie outside IN.")]
 PriorName = Annotated[str, typer.Option("--prior", help="A shipped prior by name, or a prior.safetensors file.")]
@@ -137,32 +140,39 @@ def detect_command(
     input: Input,
     output: Output,
     prior: PriorName = "brain-t1",
-    noise_time: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="How far scans are noised before the rebuild.")
-    ] = 0.8,
-    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each reconstruction.")] = 3,
-    samples: Annotated[int, typer.Option(min=2, help="Reconstructions for each scan.")] = 4,
-    threshold: Annotated[float, typer.Option(min=0, help="Of the mask, in standard deviations.")] = 2.5,
-    min_ml: Annotated[float, typer.Option(min=0, help="Smaller regions are dropped from the mask.")] = 0.5,
+    method: Annotated[str, typer.Option(help="How scans are rebuilt: docs/detect.md has all.")] = "default",
+    fast: Annotated[bool, typer.Option("--fast", help="For triage: the method of that name.")] = False,
+    fdr: Annotated[float, typer.Option(help="Share of false ones that is expected among the voxels of a mask.")] = 0.05,
+    min_ml: Annotated[float, typer.Option(min=0, help="Smaller regions are dropped from the mask.")] = 0.1,
+    unlike: Annotated[
+        bool, typer.Option("--unlike", help="Score scans unlike the healthy reference too; p-values do not hold.")
+    ] = False,
+    images: Annotated[str, typer.Option(help="How scans are called, where --labels are beside them.")] = "*.nii.gz",
+    labels: Annotated[str, typer.Option(help="How their label maps are called, e.g. '*_labels.nii.gz'.")] = "",
+    label_names: Annotated[Path | None, typer.Option(help="CSV or lookup table: number and name of labels.")] = None,
     seed: Seed = 0,
     device: Device = None,
     volume: VolumeIndex = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
-    """Map anomalies: heatmap, reconstruction and mask on each scan's own grid, and a table of findings."""
+    """Map anomalies: heatmap, mask and findings with p-values on each scan's own grid, and a page to review them."""
+    from medfusion.cli.detect import detect_scans
     from medfusion.cli.show import show_run
-    from medfusion.tasks.detect import detect
 
-    run = detect(
+    if fast and method != "default":
+        raise typer.BadParameter("--fast is a method, and --method names one")
+    run = detect_scans(
         input,
         output,
         prior=prior,
-        noise_time=noise_time,
-        steps=steps,
-        samples=samples,
-        threshold=threshold,
+        method="fast" if fast else method,
+        fdr=fdr,
         min_ml=min_ml,
+        unlike=unlike,
+        images=images,
+        labels=labels,
+        label_names=label_names,
         seed=seed,
         device=device,
         volume=volume,
@@ -170,6 +180,94 @@ def detect_command(
         resume=resume,
     )
     raise typer.Exit(show_run(run, output))
+
+
+@app.command("calibrate")
+def calibrate_command(
+    prior: Annotated[str, typer.Argument(help="Name of a shipped prior, or a .safetensors file.")],
+    healthy: Annotated[Path, typer.Argument(metavar="HEALTHY_DIR", help="Folder of healthy scans.")],
+    out: Annotated[Path, typer.Option(help="The prior with its reference: a .safetensors file.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help="Of detection; may be repeated. Default: default and fast.")
+    ] = None,
+    images: Annotated[str, typer.Option(help="How scans are called, where --masks are beside them.")] = "*.nii.gz",
+    masks: Annotated[str, typer.Option(help="How their brain masks or labels are called: score the brain only.")] = "",
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave out scans: a name or pattern; may be repeated.")
+    ] = None,
+    strip: Annotated[bool, typer.Option("--strip", help="Cut the scans off outside the masks first.")] = False,
+    stripped: Annotated[bool, typer.Option("--stripped", help="The scans are brains without skull already.")] = False,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Store with a prior what detection leaves on healthy scans, so that detect can state error rates."""
+    from medfusion.cli.calibrate import calibrate_prior
+
+    code = calibrate_prior(
+        prior,
+        healthy,
+        out,
+        methods=method or ["default", "fast"],
+        exclude=exclude or [],
+        images=images,
+        masks=masks,
+        strip=strip,
+        stripped=stripped,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+    )
+    raise typer.Exit(code)
+
+
+@evaluate_app.command("detect")
+def evaluate_detect_command(
+    scans: Annotated[Path, typer.Argument(metavar="SCANS", help="A NIfTI file, or a folder of them.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the tables; must lie outside SCANS.")],
+    truth: Annotated[str, typer.Option(help="How the true lesions beside a scan are called: '*_lesions.nii.gz'.")],
+    prior: PriorName = "brain-t1",
+    method: Annotated[
+        list[str] | None, typer.Option(help="May be repeated, and baselines are added. Default: all calibrated ones.")
+    ] = None,
+    images: Annotated[str, typer.Option(help="How the scans are called: '*_T1.nii.gz'.")] = "*.nii.gz",
+    masks: Annotated[str, typer.Option(help="How masks are called in which alone voxels and findings count.")] = "",
+    healthy_without_truth: Annotated[
+        bool, typer.Option("--healthy-without-truth", help="A scan without a file of lesions is healthy.")
+    ] = False,
+    patients: Annotated[
+        Path | None, typer.Option(help="CSV with columns case,patient; default: each case is a patient.")
+    ] = None,
+    fdr: Annotated[float, typer.Option(help="Share of false ones that is expected among the voxels of a mask.")] = 0.05,
+    min_ml: Annotated[float, typer.Option(min=0, help="Smaller regions are dropped from the mask.")] = 0.1,
+    unlike: Annotated[
+        bool, typer.Option("--unlike", help="Score scans unlike the healthy reference too; p-values do not hold.")
+    ] = False,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Detect in scans whose lesions are known: AUPRC, Dice, FROC, by lesion size, with intervals, beside baselines."""
+    from medfusion.cli.evaluate import evaluate_detection_command
+
+    code = evaluate_detection_command(
+        scans,
+        output,
+        truth=truth,
+        prior=prior,
+        methods=method or [],
+        images=images,
+        masks=masks,
+        healthy_without_truth=healthy_without_truth,
+        patients=patients,
+        fdr=fdr,
+        min_ml=min_ml,
+        unlike=unlike,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+    )
+    raise typer.Exit(code)
 
 
 @app.command("augment")

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 SPACING = 4.0  # mm
 STEP, SMALLEST_STEP, ITERATIONS = 1.0, 1e-4, 200  # of the gradient descent
 BINS = 32  # of the joint histogram
-DIGITS = 6  # of the result: threads add up in any order, which shows in the thirteenth
 
 
 def register(moving: Volume, fixed: Volume) -> NDArray[np.float64]:
@@ -34,6 +33,8 @@ def register(moving: Volume, fixed: Volume) -> NDArray[np.float64]:
     import SimpleITK as sitk
 
     target, source = (_image(resampled(canonical(volume), SPACING)) for volume in (fixed, moving))
+    threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # several add up in any order, and bits differ
     try:
         centred = sitk.CenteredTransformInitializer(
             target, source, sitk.Euler3DTransform(), sitk.CenteredTransformInitializerFilter.MOMENTS
@@ -47,10 +48,12 @@ def register(moving: Volume, fixed: Volume) -> NDArray[np.float64]:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise MedfusionError(f"{moving.name}: cannot be registered to {fixed.name}", reason=reason) from error
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
     matrix, centre = np.eye(4), np.array(found.GetCenter())
     matrix[:3, :3] = np.array(found.GetMatrix()).reshape(3, 3)
     matrix[:3, 3] = np.array(found.GetTranslation()) + centre - matrix[:3, :3] @ centre
-    return matrix.round(DIGITS)
+    return matrix
 
 
 def carried(volume: Volume, matrix: NDArray[np.float64]) -> Volume:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
@@ -34,16 +35,47 @@ def require_stars(data: DataConfig) -> None:
             )
 
 
+def check_patterns(images: str, **others: str) -> None:
+    """Check that names of files given on the command line tell which file belongs to which scan.
+
+    Raises
+    ------
+    MedfusionError : one of ``others`` that is given has no *, or ``images`` has not exactly one.
+    """
+    for option, pattern in others.items():
+        if pattern and (pattern.count("*") != 1 or images.count("*") != 1 or set("?[") & set(images + pattern)):
+            raise MedfusionError(
+                f"--{option}: no telling which file belongs to which scan",
+                **{"--images": images, f"--{option}": pattern},
+                fix="one * in each, for the same: '*_T1.nii.gz' and '*_lesions.nii.gz'",
+            )
+
+
+def scans_called(input: Path, images: str, *beside: str) -> list[Series]:
+    """The scans under ``input``, of NIfTI files those that ``images`` names and none of the patterns ``beside``.
+
+    Raises
+    ------
+    MedfusionError : as ``discover``, or only files of the others are left.
+    """
+    found = [s for s in discover(input, images) if not any(fnmatchcase(s.files[0].name, p) for p in beside if p)]
+    if not found:
+        raise MedfusionError(f"{input}: no scan is called like {images} and not like {', '.join(beside)}")
+    return found
+
+
 def companion(series: Series, images: str, pattern: str, what: str) -> Path:
     """The file that ``pattern`` names for a scan; ``what`` it is ("mask", "labels") is for the error.
 
     Raises
     ------
-    MedfusionError : the scan is no NIfTI file, or the file is not there.
+    MedfusionError : the scan is no NIfTI file or not called like ``images``, or the file is not there.
     """
     if series.kind != "nifti":
         raise MedfusionError(f"{series.name}: {what} can be named for NIfTI files only", kind=series.kind)
     scan = series.files[0]
+    if not fnmatchcase(scan.name, images):
+        raise MedfusionError(f"{series.name}: no telling the {what} of a file that is not called like {images}")
     before, after = images.split("*")
     path = scan.parent / pattern.replace("*", scan.name[len(before) : len(scan.name) - len(after)])
     if not path.is_file():
@@ -86,6 +118,23 @@ def read_labels(path: Path, scan: Volume) -> Volume:
             fractions=int((labels.array != np.rint(labels.array)).sum()),
         )
     return labels.with_array(labels.array.astype(np.uint8 if highest < 256 else np.int16))
+
+
+def without(found: list[Series], exclude: Sequence[str]) -> tuple[list[Series], tuple[str, ...]]:
+    """The scans whose names no pattern of ``--exclude`` matches, and the names of the others.
+
+    Raises
+    ------
+    MedfusionError : a pattern matches no scan, or none is left.
+    """
+    for pattern in exclude:
+        if not any(fnmatchcase(series.name, pattern) for series in found):
+            names = some(series.name for series in found)
+            raise MedfusionError(f"--exclude {pattern}: no scan has such a name", scans=names)
+    excluded = tuple(s.name for s in found if any(fnmatchcase(s.name, pattern) for pattern in exclude))
+    if len(excluded) == len(found):
+        raise MedfusionError(f"--exclude leaves none of {len(found)} scan(s)", fix="exclude fewer")
+    return [series for series in found if series.name not in excluded], excluded
 
 
 def some(names: Iterable[str]) -> str:

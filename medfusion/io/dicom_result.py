@@ -118,6 +118,17 @@ def write_dicom_results(
             pydicom.dcmwrite(beside / "fused" / f"{k + 1:04d}.dcm", result, enforce_file_format=True)
 
 
+def why_unreferable(series: Series) -> str:
+    """Why no results can be written that refer to a series of DICOM files; "" where they can."""
+    if len(series.shape) > 2 and len(series.files) != series.shape[2]:
+        return "an enhanced multi-frame file"
+    try:
+        _check_references(series, [_read(path, series.name, list(_REFERENCE)) for path in series.files])
+    except MedfusionError as error:
+        return f"{error.facts.get('reason', error.what)}"
+    return ""
+
+
 def _checked(
     scan: Volume, regions: NDArray[np.int32], findings: Sequence[Finding], anomaly: NDArray[np.floating[Any]]
 ) -> Series:

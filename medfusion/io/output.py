@@ -13,6 +13,7 @@ from pathlib import Path
 
 from medfusion.errors import MedfusionError
 
+FILES = {".nii", ".gz", ".safetensors", ".csv", ".json", ".html"}  # suffixes that no folder is replaced under
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -36,6 +37,8 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
         )
     _probe(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.is_dir() and path.suffix in FILES:
+        raise MedfusionError(f"{path.name}: a folder is in the way of the file", path=path, fix="choose another name")
     beside = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
     try:
         with disk_full_told(path, beside):

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 VOXELS = 20_000_000  # more than these are shown at half resolution
 LEVELS = 1000  # values that scan and map are rounded to, so that the page stays small
 LARGE, FEW_LEVELS = 8_000_000, 250  # a scan of more voxels is rounded to fewer values
-PICTURES = 12  # findings with a picture of their own
+PICTURES = 6  # findings with a picture of their own
 
 _HERE = Path(__file__).parent
 
@@ -73,9 +73,7 @@ def write_review(
     volumes = {
         "scan": _scan_nifti(_blocks(scan.array, factors, np.mean), affine),
         "map": _map_nifti(_blocks(signed, factors, _extreme), affine, threshold / 2, peak),
-        "mask": _nifti(
-            ndimage.binary_dilation(_blocks(mask != 0, factors, np.max)), affine
-        ),  # outlined outside the map
+        "mask": _nifti(_grown(_blocks(mask != 0, factors, np.max)), affine),
     }
     rows = [{key: _finite(value) for key, value in asdict(finding).items()} for finding in findings]
     page = {

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from medfusion.data.cache import cache_file, load_case, save_case
 from medfusion.data.crops import STRIPPED, UNKNOWN, WHOLE_HEAD, Case, prepare, stripped
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, discover, read
-from medfusion.io.companions import companion, read_beside, read_labels, require_stars, some
+from medfusion.io.companions import companion, read_beside, read_labels, require_stars, some, without
 from medfusion.training.audit import Audit, Scan, measure
 from medfusion.training.classes import read_classes
 
@@ -51,7 +50,7 @@ def load_cases(
         of them are named, with the reason.
     """
     require_stars(config.data)
-    found, excluded = _without(discover(folder, pattern=config.data.images), exclude)
+    found, excluded = without(discover(folder, pattern=config.data.images), exclude)
     names = [series.name for series in found]
     classes = read_classes(folder / config.data.classes, names, config) if config.data.classes else {}
     sources, problems = _sources(found, config, cache)
@@ -69,18 +68,6 @@ def load_cases(
     audit = Audit(scans, config, {name: config.network.classes[index] for name, index in classes.items()}, excluded)
     cases = [case for kinds, scan in loaded for case in kinds if scan.name not in audit.copies]
     return [replace(case, class_index=classes.get(case.name, UNKNOWN)) for case in cases], audit
-
-
-def _without(found: list[Series], exclude: Sequence[str]) -> tuple[list[Series], tuple[str, ...]]:
-    """The scans that no pattern matches, and the names of the others."""
-    for pattern in exclude:
-        if not any(fnmatchcase(series.name, pattern) for series in found):
-            names = some(series.name for series in found)
-            raise MedfusionError(f"--exclude {pattern}: no scan has such a name", scans=names)
-    excluded = tuple(s.name for s in found if any(fnmatchcase(s.name, pattern) for pattern in exclude))
-    if len(excluded) == len(found):
-        raise MedfusionError(f"--exclude leaves none of {len(found)} scan(s)", fix="exclude fewer")
-    return [series for series in found if series.name not in excluded], excluded
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,13 @@ def test_every_shipped_prior_loads_and_has_its_card() -> None:
         assert path.stem in path.with_suffix(".md").read_text()
 
 
+def test_the_default_prior_can_state_error_rates() -> None:
+    references = {(r.method, r.stripped): r for r in Prior.load("brain-t1").references}
+    for method in ("default", "fast", "intensity", "blur"):
+        for stripped in (False, True):
+            assert references[method, stripped].scans >= 20, "a p of 0.05 needs 19"
+
+
 def test_the_list() -> None:
     done = medfusion("priors")
     assert done.returncode == 0, done.stderr

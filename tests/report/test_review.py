@@ -74,7 +74,7 @@ def write(path: Path, **changes: Any) -> Path:
         "signed": anomaly(),
         "findings": FINDINGS,
         "threshold": 3.0,
-        "facts": {"p that the scan is healthy": 0.0123456, HOSTILE: HOSTILE, "Cautions": [HOSTILE]},
+        "facts": {"p of the heaviest region": 0.0123456, HOSTILE: HOSTILE, "Cautions": [HOSTILE]},
         "mask": (anomaly() != 0).astype(np.uint8),
     }
     write_review(path, scan, **{**arguments, **changes})

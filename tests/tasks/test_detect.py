@@ -1,247 +1,304 @@
-"""Detect: a planted lesion is found where it is, on the scan's own grid, by a prior that knows the healthy head."""
+"""Detect: a planted lesion is found where it is, on the scan's own grid, with the error rates of the reference."""
 
 import csv
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
-import torch
-from numpy.typing import NDArray
-from prior_factory import CENTRE, grid, head, knowing_prior, random_prior, saved, white_prior, write_head
-from scipy import ndimage
+from dicom_factory import write_series
+from prior_factory import CENTRE, grid, head, random_prior, saved
+from reference_factory import NOISE, SIZE, calibrated, healthy
 
-from medfusion.data.grid import canonical, resampled
-from medfusion.data.intensity import measure_scale
-from medfusion.data.noise import estimate_noise
+from medfusion.data.grid import onto_grid
 from medfusion.errors import MedfusionError
-from medfusion.tasks.detect import (
-    NOISE_LEFT,
-    SMALLEST_SD,
-    SMOOTHING,
-    Detection,
-    detect,
-    detect_volume,
-    find_regions,
-    standardise,
-)
+from medfusion.io import discover
+from medfusion.prior import Prior
+from medfusion.tasks.detect import detect, detect_volume, find_regions, pick_reference, within_outline
 from medfusion.volume import Volume
 
-NOISE = 15.0
 GRIDS: dict[str, tuple[Any, ...]] = {
     "isotropic": ((44, 44, 44),),
     "anisotropic": ((64, 45, 31), (1.4, 2.0, 3.0)),
     "rotated": ((46, 44, 42), (2.0, 2.0, 2.2), "SAL", (15, -10, 20)),
     "fine and flipped": ((66, 65, 50), (1.3, 1.3, 1.7), "LPS", (0, 8, 0)),
 }
-LESIONS = {  # offset of the centre in mm, radius in mm, change of intensity
-    "bright": ((6.0, -5.0, 4.0), 14.0, 350.0),
-    "dark": ((-5.0, 6.0, -4.0), 13.0, -350.0),
-}
+LESIONS = {"brighter": ((10.0, -8.0, 6.0), 7.0, 260.0), "darker": ((-9.0, 8.0, -7.0), 7.0, -300.0)}
+NUMBER = 20  # healthy phantoms of the reference
 
 
-def deep(shape: tuple[int, ...], affine: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Voxels well inside the head."""
-    world = nibabel.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
-    return np.linalg.norm(world - CENTRE, axis=-1) < 26
+@pytest.fixture(scope="module")
+def prior() -> Prior:
+    return calibrated(("intensity", "default"), NUMBER)
 
 
-def found(shape: tuple[int, ...], affine: NDArray[np.float64], kind: str, name: str = "case") -> tuple[Detection, Any]:
-    """The detection in a noisy scan with one lesion; the healthy head, the lesion's mask and height in noises."""
-    offset, radius, change = LESIONS[kind]
-    lesion = (CENTRE + offset, radius, change)
-    healthy = Volume(head(affine, shape), affine, name)
-    scan = healthy.with_array(head(affine, shape, noise=NOISE, seed=3, lesion=lesion))
-    work = resampled(canonical(scan), 2.0).array
-    scale = measure_scale(work, 99)
-    sd = np.hypot(estimate_noise(work) * NOISE_LEFT**0.5, SMALLEST_SD * (scale.high - scale.low) / 2)
-    threshold = abs(change) / 2 / sd  # half the lesion's height: the mask's outline is the lesion's
-    detection = detect_volume(scan, knowing_prior(scan, healthy), steps=2, samples=2, threshold=threshold)
-    return detection, (healthy, head(affine, shape, lesion=lesion) != healthy.array, 2 * threshold)
-
-
-@pytest.mark.parametrize("kind", list(LESIONS))
-@pytest.mark.parametrize("name", list(GRIDS))
-def test_a_lesion_is_found_in_its_place(name: str, kind: str) -> None:
+def ill(direction: str, name: str = "isotropic", seed: int = 1) -> tuple[Volume, np.ndarray]:
+    """A phantom with a lesion, and where that is."""
     shape, *rest = GRIDS[name]
     affine = grid(shape, *rest)
-    offset, radius, _ = LESIONS[kind]
-    detection, (healthy, truth, height) = found(shape, affine, kind)
+    offset, radius, change = LESIONS[direction]
+    array = head(affine, shape, noise=NOISE, seed=seed, lesion=(CENTRE + offset, radius, change))
+    world = nibabel.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1))
+    return Volume(array, affine, "case"), np.linalg.norm(world - CENTRE - offset, axis=-1) < radius
 
-    [finding] = detection.findings
-    assert finding.direction == {"bright": "brighter", "dark": "darker"}[kind]
-    peak = np.array([finding.x, finding.y, finding.z])
-    assert np.linalg.norm(peak - (CENTRE + offset)) < radius
-    np.testing.assert_allclose(peak, healthy.to_world((finding.i, finding.j, finding.k)), atol=0.051)
-    # a Gaussian of 4 mm draws the surface at half the height of a ball in by sigma^2 / radius
-    assert finding.volume_ml == pytest.approx(4 / 3 * np.pi * (radius - 16 / radius) ** 3 / 1000, rel=0.12)
-    assert finding.peak == pytest.approx(height, rel=0.1)
-    assert finding.peak == pytest.approx(detection.anomaly.array.max(), abs=0.01)
 
-    mask = detection.mask.array.astype(bool)
-    assert 2 * (mask & truth).sum() / (mask.sum() + truth.sum()) > 0.8
-    for result in (detection.anomaly, detection.reconstruction, detection.mask):
-        assert result.shape == shape
-        np.testing.assert_array_equal(result.affine, affine)
-    assert detection.anomaly.array.min() >= 0
+@pytest.mark.parametrize("direction", list(LESIONS))
+@pytest.mark.parametrize("name", list(GRIDS))
+def test_a_lesion_is_found_in_its_place(prior: Prior, name: str, direction: str) -> None:
+    scan, truth = ill(direction, name)
+    found = detect_volume(scan, prior, method="intensity")
+    first = found.findings[0]
+    assert first.direction == direction
+    assert np.linalg.norm(np.array([first.x, first.y, first.z]) - CENTRE - LESIONS[direction][0]) < 7.0
+    assert (first.p, found.scan_p) == pytest.approx((1 / (NUMBER + 1),) * 2, abs=1e-4)
+    np.testing.assert_allclose((first.x, first.y, first.z), scan.to_world((first.i, first.j, first.k)), atol=0.051)
+    region = found.regions.array == 1
+    dice = 2 * (region & truth).sum() / (region.sum() + truth.sum())
+    assert dice > 0.6
+    assert first.volume_ml == pytest.approx(region.sum() * scan.voxel_ml, abs=0.001)
+    assert first.peak == pytest.approx(found.anomaly.array[region].max(), abs=0.01)
+    for result in (found.anomaly, found.residual, found.reconstruction, found.p_value, found.mask):
+        assert result.shape == scan.shape
+        np.testing.assert_array_equal(result.affine, scan.affine)
+
+
+def test_the_prior_finds_it_too_and_says_what_would_be_healthy(prior: Prior) -> None:
+    scan, truth = ill("darker")
+    found = detect_volume(scan, prior)
+    assert found.scan_p == pytest.approx(1 / (NUMBER + 1), abs=1e-4)
+    assert (found.mask.array[truth] == 1).mean() > 0.5
+    deep = truth & (found.p_value.array < 1)
     np.testing.assert_allclose(
-        detection.reconstruction.array[deep(shape, affine)], healthy.array[deep(shape, affine)], atol=12
-    )  # linear interpolation to the prior's grid and back
-
-
-def test_a_healthy_scan_has_no_findings() -> None:
-    shape = (44, 44, 44)
-    affine = grid(shape)
-    healthy = Volume(head(affine, shape), affine, "case")
-    scan = healthy.with_array(head(affine, shape, noise=NOISE))
-    detection = detect_volume(scan, knowing_prior(scan, healthy), steps=2, samples=2)
-    assert detection.findings == []
-    assert not detection.mask.array.any()
-    assert detection.mask.array.dtype == np.uint8
-
-
-@pytest.mark.parametrize("samples", [2, 24])
-def test_the_heatmap_is_the_difference_over_the_spread_of_the_samples(samples: int) -> None:
-    """One step of the prior of white noise gives alpha (alpha x_0 + sigma eps): mean and spread are known."""
-    shape, t = (40, 40, 40), torch.tensor([0.35])
-    scan = Volume(head(grid(shape), shape, noise=NOISE), grid(shape), "case")
-    detection = detect_volume(scan, white_prior(), noise_time=float(t), steps=1, samples=samples)
-    image = measure_scale(scan.array, 99).apply(scan.array)
-    alpha, sigma = float(white_prior().process.alpha(t)), float(white_prior().process.sigma(t))
-    variance = (1 + 1 / samples) * (alpha * sigma) ** 2 + estimate_noise(image) ** 2
-    expected = np.abs(sigma**2 * ndimage.gaussian_filter(image, SMOOTHING)) / np.sqrt(
-        variance * NOISE_LEFT + SMALLEST_SD**2
+        (found.residual.array + found.reconstruction.array)[deep], scan.array[deep], atol=6 * NOISE
     )
-    strong = deep(shape, grid(shape)) & (expected > 3)
-    assert strong.sum() > 500
-    ratio = detection.anomaly.array[strong] / expected[strong]
-    assert np.median(ratio) == pytest.approx(1, abs=0.1)  # a variance from two samples is rough even when smoothed
-    assert ratio.std() < 0.35 / samples**0.5  # what smoothing leaves of the noise in the samples' mean and spread
+    assert (found.signed.array[deep] < 0).mean() > 0.9
+    np.testing.assert_array_equal(np.abs(found.signed.array), found.anomaly.array)
 
 
-@pytest.mark.parametrize(("samples", "width"), [(4, 0.0), (16, 0.0), (4, 2.0)])
-def test_where_nothing_is_wrong_the_heatmap_has_unit_standard_deviation(samples: int, width: float) -> None:
-    """The image is one more draw of what the reconstructions are drawn from, white or smooth; or it is noise alone."""
-    rng = np.random.default_rng(0)
-    draws = [ndimage.gaussian_filter(rng.normal(0, 1, (48, 48, 48)), width) for _ in range(samples + 1)]
-    image, *rebuilt = (draw / draw.std() for draw in draws)
-    assert standardise(image, np.stack(rebuilt), noise=0.0).std() == pytest.approx(1, abs=0.12)
-    noise = rng.normal(0, 0.5, (48, 48, 48))
-    assert standardise(noise, np.zeros((samples, 48, 48, 48)), noise=0.5).std() == pytest.approx(1, abs=0.05)
+def test_maps_agree_with_each_other(prior: Prior) -> None:
+    found = detect_volume(ill("brighter")[0], prior, method="intensity", fdr=0.1, min_ml=0.2)
+    anomaly, p, mask = found.anomaly.array, found.p_value.array, found.mask.array > 0
+    assert anomaly.min() == 0.0
+    assert (p[anomaly == 0] == 1).all()
+    order = np.argsort(anomaly[p < 1])
+    assert (np.diff(p[p < 1][order]) <= 0).all()
+    assert mask.any()
+    assert p[mask].max() <= 0.1
+    assert found.threshold == anomaly[mask].min()
+    assert all(finding.volume_ml >= 0.2 for finding in found.findings)
+    assert sorted(np.unique(found.regions.array)) == list(range(len(found.findings) + 1))
 
 
-def anomaly(seed: int = 0, name: str = "case") -> NDArray[np.float32]:
-    shape = (34, 34, 34)
-    scan = Volume(head(grid(shape, (2.4,) * 3), shape, noise=NOISE), grid(shape, (2.4,) * 3), name)
-    return detect_volume(scan, random_prior(), steps=2, samples=2, seed=seed).anomaly.array
+def test_a_healthy_scan_has_the_threshold_of_the_reference(prior: Prior) -> None:
+    found = detect_volume(healthy(300), prior, method="intensity", min_ml=50.0)
+    assert found.findings == []
+    assert not found.mask.array.any()
+    assert found.threshold == prior.references[0].height
 
 
-def test_seed_and_case_name_fix_the_noise() -> None:
-    first = anomaly()
-    np.testing.assert_array_equal(anomaly(), first)
-    assert np.abs(anomaly(seed=1) - first).max() > 0.01
-    assert np.abs(anomaly(name="other") - first).max() > 0.01
+def test_seed_and_case_name_fix_the_noise(prior: Prior) -> None:
+    scan, _ = ill("darker")
+    first = detect_volume(scan, prior).anomaly.array
+    np.testing.assert_array_equal(detect_volume(scan, prior).anomaly.array, first)
+    for other in (detect_volume(scan, prior, seed=1), detect_volume(replace(scan, name="other"), prior)):
+        assert np.abs(other.anomaly.array - first).max() > 0.01
 
 
-def test_a_case_does_not_depend_on_the_others(tmp_path: Path) -> None:
-    prior = saved(random_prior(), tmp_path)
-    for name in "ab":
-        write_head(tmp_path / "both" / f"{name}.nii.gz", seed=ord(name))
-    write_head(tmp_path / "one" / "b.nii.gz", seed=ord("b"))
+def test_a_scan_of_another_kind_is_refused_or_flagged(prior: Prior) -> None:
+    scan = healthy(7)
+    other = scan.with_array(
+        np.where(scan.array > 200, 1300 - scan.array, scan.array)
+    )  # dark is bright: another contrast
+    with pytest.raises(MedfusionError, match="head-7: unlike the healthy scans of the reference"):
+        detect_volume(other, prior, method="intensity")
+    found = detect_volume(other, prior, method="intensity", unlike=True)
+    assert "unlike the healthy reference in" in found.flag
+    assert detect_volume(scan, prior, method="intensity").flag == ""
+
+
+def test_without_a_reference_no_error_rate_is_stated() -> None:
+    with pytest.raises(MedfusionError, match="tiny: no healthy reference for the method 'default'") as caught:
+        detect_volume(healthy(7), random_prior())
+    assert "medfusion calibrate" in caught.value.fix
+    with pytest.raises(MedfusionError, match="magic: no method of detection"):
+        detect_volume(healthy(7), random_prior(), method="magic")
+
+
+def test_the_reference_is_that_of_scans_with_as_much_tissue(prior: Prior) -> None:
+    head_, brain = (replace(prior.references[0], tissue_ml=ml) for ml in (4000.0, 1400.0))
+    both = replace(prior, references=(head_, brain))
+    assert pick_reference(both, "intensity", 3300.0) is head_
+    assert pick_reference(both, "intensity", 1700.0) is brain
+
+
+def test_a_scan_of_another_modality_or_a_slab_is_refused(prior: Prior) -> None:
+    affine = grid((40, 40, 40))
+    with pytest.raises(MedfusionError, match="is for MR, this scan is CT"):
+        detect_volume(Volume(head(affine, (40, 40, 40)), affine, "case", modality="CT"), prior)
+    with pytest.raises(MedfusionError, match="too few voxels along one axis"):
+        detect_volume(Volume(head(affine, (40, 12, 40)), affine, "case"), prior)
+
+
+def test_regions_are_large_enough_and_sorted_by_p(prior: Prior) -> None:
+    affine, reference = np.diag([2.0, 2.0, 2.5, 1.0]), prior.references[0]  # 0.01 ml a voxel
+    score, weight = np.zeros((2, 14, 14, 14), np.float32)
+    for place, value, heavy in (
+        (np.s_[1:4, 1:4, 1:4], 5.0, 0.0),  # 0.27 ml, no cluster in it
+        (np.s_[8:13, 8:13, 8:12], 30.0, 1e6),  # 1 ml
+        (np.s_[1:3, 8:10, 1], 9.0, 1e6),  # 0.04 ml
+    ):
+        score[place], weight[place] = value, heavy
+    leaning = np.where(score == 5.0, -3.0, 0.2).astype(np.float32)
+    regions, findings = find_regions(Volume(score, affine, "case"), leaning, score > 0, weight, reference, 0.1)
+    assert [(f.number, f.volume_ml, f.direction) for f in findings] == [(1, 1.0, "changed"), (2, 0.27, "darker")]
+    assert [f.p for f in findings] == pytest.approx([1 / (NUMBER + 1), 1.0], abs=1e-4)
+    np.testing.assert_array_equal(regions == 1, score == 30.0)
+    np.testing.assert_array_equal(regions == 2, score == 5.0)
+
+
+def test_a_region_ends_at_half_of_its_peak() -> None:
+    score = np.zeros((30, 12, 12), np.float32)
+    score[2:7] = np.array([4.0, 6.0, 10.0, 6.0, 4.0], np.float32)[:, None, None]
+    score[20] = 3.0  # farther than the reach
+    inside = within_outline(Volume(score, np.diag([2.0, 2.0, 4.0, 1.0]), "case"), 6.0)
+    along = inside[:, 6, 6] & (score[:, 6, 6] > 0)
+    assert np.flatnonzero(along).tolist() == [3, 4, 5, 20]
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.0, 1.0, 5.0)])
+def test_error_rates_are_those_of_the_grid_of_the_prior(prior: Prior, spacing: tuple[float, ...]) -> None:
+    """A fine or thick grid of the same scan, interpolated, is as likely to be healthy."""
+    for seed in range(400, 404):
+        scan = healthy(seed)
+        shape = tuple(int(SIZE * 2 / s) for s in spacing)
+        scale = np.diag([*(np.array(spacing) / 2), 1.0])
+        scale[:3, 3] = (np.array(spacing) / 2 - 1) / 2
+        other = Volume(np.zeros(shape, np.float32), scan.affine @ scale, scan.name)
+        found = detect_volume(other.with_array(onto_grid(scan, other)), prior, method="intensity", unlike=True)
+        plain = detect_volume(scan, prior, method="intensity")
+        assert found.scored.sum() == pytest.approx(plain.scored.sum() * 8 / np.prod(spacing), rel=0.1)
+        assert abs(np.log(found.scan_p / plain.scan_p)) < np.log(4) + (spacing[2] > 2) * np.log(3)
+
+
+def write(volume: Volume, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(volume.array.round().astype(np.int16), volume.affine), path)
+    return path
+
+
+KINDS = ("anomaly.nii.gz", "mask.nii.gz", "pvalue.nii.gz", "reconstruction.nii.gz", "residual.nii.gz")
+
+
+def test_files_of_a_case(prior: Prior, tmp_path: Path) -> None:
+    scan, truth = ill("darker", "rotated")
+    source = write(scan, tmp_path / "in" / "sub-1_T1w.nii.gz")
+    labels = np.where(truth, 17, np.where(scan.array > 100, 3, 0))
+    write(scan.with_array(labels), tmp_path / "in" / "sub-1_dseg.nii.gz")
+    (tmp_path / "names.csv").write_text("index,name\n17,Left-Hippocampus\n3,Cortex\n")
+    run = detect(
+        source.parent,
+        tmp_path / "out",
+        prior=saved(prior, tmp_path),
+        method="intensity",
+        images="*_T1w.nii.gz",
+        labels="*_dseg.nii.gz",
+        label_names=tmp_path / "names.csv",
+    )
+    assert run.exit_code == 0, run.cases
+    names = sorted(f"sub-1_T1w_{kind}" for kind in (*KINDS, "findings.csv", "findings.json"))
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["run.json", *names]
+    for kind in KINDS:
+        image = nibabel.load(tmp_path / "out" / f"sub-1_T1w_{kind}")
+        assert image.shape == scan.shape
+        np.testing.assert_allclose(image.affine, nibabel.load(source).affine, atol=1e-5)
+    rows = list(csv.DictReader((tmp_path / "out" / "sub-1_T1w_findings.csv").open()))
+    assert rows[0]["label"] == "Left-Hippocampus"
+    about = json.loads((tmp_path / "out" / "sub-1_T1w_findings.json").read_text())
+    assert about["case"] == "sub-1_T1w"
+    assert about["scan_p"] == pytest.approx(1 / (NUMBER + 1))
+    assert about["method"] == "intensity"
+    assert len(about["findings"]) == len(rows)
+    assert run.cases[0].message.startswith(f"{len(rows)} finding(s), ")
+    mask = nibabel.load(tmp_path / "out" / "sub-1_T1w_mask.nii.gz").get_fdata()
+    assert set(np.unique(mask)) == {0, 1}
+
+
+def test_a_dicom_series_has_dicom_results(prior: Prior, tmp_path: Path) -> None:
+    scan = healthy(5)
+    array = np.maximum(scan.array, 0).round().astype(np.uint16)
+    lps = np.diag([-1.0, -1.0, 1.0, 1.0])  # flips of RAS that keep voxels where they are
+    write_series(tmp_path / "in", array[::-1, ::-1], scan.affine @ lps @ _to_the_far_side())
+    run = detect(tmp_path / "in", tmp_path / "out", prior=saved(prior, tmp_path), method="intensity", unlike=True)
+    assert run.exit_code == 0, run.cases
+    [series] = discover(tmp_path / "in")
+    folder = tmp_path / "out" / f"{series.name}_dicom"
+    if "no DICOM results" in run.cases[0].message:
+        pytest.fail(run.cases[0].message)
+    assert (folder / "anomaly.dcm").exists()
+    assert len(list((folder / "fused").iterdir())) == SIZE
+
+
+def _to_the_far_side() -> np.ndarray:
+    flip = np.eye(4)
+    flip[:2, 3] = -(SIZE - 1)
+    return flip
+
+
+def test_a_series_that_nothing_can_refer_to_keeps_its_other_results(prior: Prior, tmp_path: Path) -> None:
+    scan = healthy(5)
+    array = np.maximum(scan.array, 0).round().astype(np.uint16)
+
+    def edit(dataset: Any, k: int) -> None:
+        del dataset.FrameOfReferenceUID
+
+    write_series(tmp_path / "in", array, scan.affine, edit=edit)
+    run = detect(tmp_path / "in", tmp_path / "out", prior=saved(prior, tmp_path), method="intensity", unlike=True)
+    assert run.exit_code == 0, run.cases
+    assert "; no DICOM results: " in run.cases[0].message
+    assert list((tmp_path / "out").glob("*_mask.nii.gz"))
+
+
+def test_resume_does_a_case_again_that_lacks_a_file(prior: Prior, tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 2)):
+        write(healthy(seed), tmp_path / "in" / f"{name}.nii.gz")
+    options: dict[str, Any] = {"prior": saved(prior, tmp_path), "method": "intensity"}
+    assert detect(tmp_path / "in", tmp_path / "out", **options).exit_code == 0
+    (tmp_path / "out" / "b_findings.csv").unlink()
+    run = detect(tmp_path / "in", tmp_path / "out", resume=True, **options)
+    assert {case.name: case.status for case in run.cases} == {"a": "skipped", "b": "done"}
+
+
+def test_a_case_does_not_depend_on_the_others(prior: Prior, tmp_path: Path) -> None:
+    path = saved(prior, tmp_path)
+    for name, seed in (("a", 1), ("b", 2)):
+        write(healthy(seed), tmp_path / "both" / f"{name}.nii.gz")
+    write(healthy(2), tmp_path / "one" / "b.nii.gz")
     for folder in ("both", "one"):
-        assert detect(tmp_path / folder, tmp_path / f"{folder}_out", prior=prior, steps=2, samples=2).exit_code == 0
+        assert detect(tmp_path / folder, tmp_path / f"{folder}_out", prior=path).exit_code == 0
     together, alone = (tmp_path / f"{folder}_out" / "b_anomaly.nii.gz" for folder in ("both", "one"))
     np.testing.assert_array_equal(nibabel.load(together).get_fdata(), nibabel.load(alone).get_fdata())
 
 
-def test_files_of_a_case(tmp_path: Path) -> None:
-    affine, shape = grid((46, 44, 42), (2.0, 2.0, 2.2), "SAL", (15, -10, 20)), (46, 44, 42)
-    (tmp_path / "in").mkdir()
-    source = tmp_path / "in" / "sub-1_T1w.nii.gz"
-    lesion = (CENTRE, 9.0, 350.0)
-    nibabel.save(nibabel.Nifti1Image(head(affine, shape, noise=NOISE, lesion=lesion), affine), source)
-    # the prior of white noise takes all that is not mid-grey for a difference: many findings
-    run = detect(tmp_path / "in", tmp_path / "out", prior=saved(white_prior(), tmp_path), noise_time=0.4, threshold=0.4)
-    assert run.exit_code == 0, run.cases
-    kinds = ("anomaly.nii.gz", "findings.csv", "mask.nii.gz", "reconstruction.nii.gz")
-    names = [f"sub-1_T1w_{kind}" for kind in kinds]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["run.json", *names]
-    original = nibabel.load(source)
-    images = {name: nibabel.load(tmp_path / "out" / name) for name in names if name.endswith(".nii.gz")}
-    for image in images.values():
-        assert image.shape == shape
-        np.testing.assert_array_equal(image.affine, original.affine)
-    with (tmp_path / "out" / names[1]).open() as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) > 0
-    assert run.cases[0].message == f"{len(rows)} finding(s)"
-    assert [float(row["peak"]) for row in rows] == sorted((float(row["peak"]) for row in rows), reverse=True)
-    heat, mask = (images[f"sub-1_T1w_{kind}.nii.gz"].get_fdata() for kind in ("anomaly", "mask"))
-    assert set(np.unique(mask)) == {0, 1}
-    np.testing.assert_array_equal(mask == 1, (heat > 0.4) & (mask == 1))
-    for row in rows:
-        voxel = tuple(int(row[axis]) for axis in "ijk")
-        assert mask[voxel] == 1
-        assert heat[voxel] == pytest.approx(float(row["peak"]), abs=0.01)
-        world = nibabel.affines.apply_affine(affine, voxel)
-        np.testing.assert_allclose([float(row[axis]) for axis in "xyz"], world, atol=0.051)
-    ml = sum(float(row["volume_ml"]) for row in rows)
-    assert ml == pytest.approx(mask.sum() * 2 * 2 * 2.2 / 1000, abs=0.001 * len(rows))
-
-
-def test_the_table_has_its_header_when_nothing_is_found(tmp_path: Path) -> None:
-    write_head(tmp_path / "in" / "a.nii.gz")
-    prior = saved(white_prior(), tmp_path)
-    run = detect(tmp_path / "in", tmp_path / "out", prior=prior, steps=1, samples=2, threshold=1e6)
-    assert run.cases[0].message == "0 finding(s)"
-    assert (tmp_path / "out" / "a_findings.csv").read_text().split() == ["x,y,z,i,j,k,volume_ml,peak,mean,direction"]
-    assert not nibabel.load(tmp_path / "out" / "a_mask.nii.gz").get_fdata().any()
-
-
-def test_resume_does_a_case_again_that_lacks_a_file(tmp_path: Path) -> None:
-    for name in "ab":
-        write_head(tmp_path / "in" / f"{name}.nii.gz")
-    options: dict[str, Any] = {"prior": saved(white_prior(), tmp_path), "steps": 1, "samples": 2}
-    detect(tmp_path / "in", tmp_path / "out", **options)
-    (tmp_path / "out" / "b_findings.csv").unlink()
-    run = detect(tmp_path / "in", tmp_path / "out", resume=True, **options)
-    assert {case.name: case.status for case in run.cases} == {"a": "skipped", "b": "done"}
-    assert (tmp_path / "out" / "b_findings.csv").exists()
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"fdr": 0.0}, "false discovery rate 0.0"),
+        ({"min_ml": -1.0}, "min_ml -1.0"),
+        ({"label_names": Path("names.csv")}, "names of labels without label maps"),
+        ({"labels": "labels.nii.gz"}, "--labels: no telling which file belongs to which scan"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(tmp_path: Path, options: dict[str, Any], what: str) -> None:
+    write(healthy(1), tmp_path / "in" / "a.nii.gz")
+    with pytest.raises(MedfusionError, match=what):
+        detect(tmp_path / "in", tmp_path / "out", prior=saved(random_prior(), tmp_path), **options)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_file_cannot_hold_all_results(tmp_path: Path) -> None:
-    write_head(tmp_path / "in" / "a.nii.gz")
+    write(healthy(1), tmp_path / "in" / "a.nii.gz")
     with pytest.raises(MedfusionError, match=r"out.nii.gz: one file cannot hold all results of a case"):
-        detect(tmp_path / "in", tmp_path / "out.nii.gz", prior=saved(white_prior(), tmp_path))
-    assert not (tmp_path / "out.nii.gz").exists()
-
-
-def test_regions_are_of_one_sign_and_large_enough() -> None:
-    affine = np.diag([2.0, 2.0, 2.5, 1.0])  # 0.01 ml a voxel
-    signed = np.zeros((12, 12, 12), np.float32)
-    signed[1:4, 1:4, 1:4] = 5.0  # 0.27 ml
-    signed[4:6, 1:4, 1:4] = -6.0  # touches it, 0.18 ml
-    signed[2, 2, 2] = 9.0
-    signed[8:10, 8:10, 8] = 7.0  # 0.04 ml
-    volume = Volume(signed, affine, "case")
-    mask, findings = find_regions(volume, threshold=4.0, min_ml=0.1)
-    assert [(f.direction, f.peak, f.volume_ml) for f in findings] == [("brighter", 9.0, 0.27), ("darker", 6.0, 0.18)]
-    assert (findings[0].i, findings[0].j, findings[0].k) == (2, 2, 2)
-    assert (findings[0].x, findings[0].y, findings[0].z) == (4.0, 4.0, 5.0)
-    assert findings[0].mean == pytest.approx((26 * 5 + 9) / 27, abs=0.01)
-    np.testing.assert_array_equal(mask == 1, (signed == 5) | (signed == 9) | (signed == -6))
-
-    _, smaller_too = find_regions(volume, threshold=4.0, min_ml=0.04)
-    assert [f.volume_ml for f in smaller_too] == [0.27, 0.04, 0.18]
-    mask, none = find_regions(volume, threshold=9.0, min_ml=0.0)
-    assert none == []
-    assert not mask.any()
-
-
-def test_a_scan_of_another_modality_or_a_slab_is_refused() -> None:
-    affine = grid((40, 40, 40))
-    with pytest.raises(MedfusionError, match="is for MR, this scan is CT"):
-        detect_volume(Volume(head(affine, (40, 40, 40)), affine, "case", modality="CT"), white_prior())
-    with pytest.raises(MedfusionError, match="too few voxels along one axis"):
-        detect_volume(Volume(head(affine, (40, 12, 40)), affine, "case"), white_prior())
+        detect(tmp_path / "in", tmp_path / "out.nii.gz", prior=saved(random_prior(), tmp_path))

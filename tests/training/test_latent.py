@@ -20,7 +20,8 @@ from medfusion.networks import Autoencoder, on_latents
 from medfusion.prior import Prior
 from medfusion.tasks.augment import generate_volume
 from medfusion.tasks.denoise import denoise_volume
-from medfusion.tasks.detect import detect_volume
+from medfusion.tasks.place import Here, seen_by
+from medfusion.tasks.rebuild import examine
 from medfusion.training import memory, train
 from medfusion.training.batches import Samples, Shown
 from medfusion.training.meter import State
@@ -150,9 +151,12 @@ def test_tasks_work_on_latents_or_say_that_they_do_not(trained: tuple[Prior, Pat
     affine, shape = grid((41, 40, 38)), (41, 40, 38)
     scan = Volume(head(affine, shape, noise=5), affine, "scan")
     assert generate_volume(scan, prior, name="new", steps=2).shape == shape
-    anomaly = detect_volume(scan, prior, steps=2, samples=2).anomaly
-    assert anomaly.shape == shape
-    assert np.isfinite(anomaly.array).all()
+    seen = seen_by(prior, scan)
+    here = Here(seen.volume.array, np.ones(shape, np.float32), np.ones(shape, bool))
+    for method in ("plain", "default", "autoencoder"):
+        found = examine(seen, here, prior, method, stripped=False, seed=0)
+        assert found.rebuilt.shape == seen.volume.shape
+        assert np.isfinite(found.raw).all()
     with pytest.raises(MedfusionError, match="a latent prior does not denoise"):
         denoise_volume(scan, prior)
     assert Prior.load(saved(prior, tmp_path)).name == "tiny"
