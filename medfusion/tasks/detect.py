@@ -323,11 +323,20 @@ def detect(
             )
         return summary(result) + caution(scan, loaded) + (f"; no DICOM results: {problem}" if problem else "")
 
-    def beside(series: Series) -> tuple[Path, ...]:
-        """Files that decide the names of places."""
-        return (companion(series, images, labels, "labels"), *([label_names] if label_names else ())) if labels else ()
+    def beside(series: Series) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+        """Files that decide the names of places, or why they cannot be told: that stops this scan alone."""
+        if not labels:
+            return (), ()
+        try:
+            return (companion(series, images, labels, "labels"), *([label_names] if label_names else ())), ()
+        except MedfusionError as error:
+            return (), (error.what,)
 
-    jobs = [Job(s.name, s.files + beside(s), targets(s), partial(work, s), s.problems) for s in found]
+    jobs = []
+    for series in found:
+        files, missing = beside(series)
+        problems = series.problems + missing
+        jobs.append(Job(series.name, series.files + files, targets(series), partial(work, series), problems))
     return run_jobs(settings, jobs)
 
 

@@ -226,6 +226,17 @@ def test_files_of_a_case(prior: Prior, tmp_path: Path) -> None:
     assert set(np.unique(mask)) == {0, 1}
 
 
+def test_a_scan_without_its_label_map_does_not_stop_the_others(prior: Prior, tmp_path: Path) -> None:
+    for name in "ab":
+        write(healthy(1), tmp_path / "in" / f"{name}_T1.nii.gz")
+    write(healthy(1), tmp_path / "in" / "a_dseg.nii.gz")
+    names = {"images": "*_T1.nii.gz", "labels": "*_dseg.nii.gz", "method": "intensity"}
+    run = detect(tmp_path / "in", tmp_path / "out", prior=saved(prior, tmp_path), **names)
+    assert {case.name: case.status for case in run.cases} == {"a_T1": "done", "b_T1": "refused"}
+    assert "no labels where expected" in run.cases[1].message
+    assert run.exit_code == 1
+
+
 def test_a_dicom_series_has_dicom_results(prior: Prior, tmp_path: Path) -> None:
     scan = healthy(5)
     array = np.maximum(scan.array, 0).round().astype(np.uint16)
