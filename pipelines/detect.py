@@ -49,7 +49,8 @@ from medfusion.reference import CLUSTER_P
 from medfusion.report.figures import slice_figure
 from medfusion.tasks.calibrate import gather, make_reference
 from medfusion.tasks.detect import Detection, detect_volume
-from medfusion.tasks.evaluate_detection import CaseResult, measure_case, pick_methods, summarise, whole
+from medfusion.tasks.evaluate_detection import pick_methods
+from medfusion.tasks.measure_detection import CaseResult, measure_case, summarise, whole
 from medfusion.tasks.rebuild import METHODS
 from medfusion.volume import Volume
 

@@ -13,7 +13,7 @@ from rich.table import Table
 from medfusion.cli.show import show_run
 
 if TYPE_CHECKING:
-    from medfusion.tasks.evaluate_detection import Estimate, Summary
+    from medfusion.tasks.measure_detection import Estimate, Summary
 
 
 def evaluate_detection_command(input: Path, output: Path, **options: Any) -> int:
@@ -29,7 +29,7 @@ def evaluate_detection_command(input: Path, output: Path, **options: Any) -> int
 
 def show_summary(summary: Summary, title: str = "Detection", console: Console | None = None) -> None:
     """Print tables of voxels, of lesions, by lesion size, of scans: a row a method, intervals below values."""
-    from medfusion.tasks.evaluate_detection import CLASSES, FLAGGED, LEVELS, RATES
+    from medfusion.tasks.measure_detection import CLASSES, FLAGGED, LEVELS, RATES
 
     console = console or Console()
     first = next(iter(summary.measures))
