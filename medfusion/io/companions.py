@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from medfusion.config import DataConfig
 from medfusion.errors import MedfusionError
 from medfusion.io.discover import discover, read
 from medfusion.io.series import Series
@@ -19,35 +18,21 @@ GRID_TOLERANCE = 0.1  # voxels that the corners of a mask may lie off those of i
 LARGEST_LABEL = int(np.iinfo(np.int16).max)
 
 
-def require_stars(data: DataConfig) -> None:
-    """Check that the patterns tell which file belongs to which scan.
+def check_patterns(images: str, prefix: str = "--", **others: str) -> None:
+    """Check that names of files tell which file belongs to which scan.
+
+    ``prefix`` goes before the names of the settings in the error: "--" on the command line, "data." in a config.
 
     Raises
     ------
-    MedfusionError : masks or labels are named after the * of ``images``, and one of the two has none.
+    MedfusionError : one of ``others`` that is given has no *, or ``images`` not exactly one and nothing else to match.
     """
-    for setting, pattern in (("data.masks", data.masks), ("data.labels", data.labels)):
-        if pattern and ("*" not in pattern or data.images.count("*") != 1 or set("?[") & set(data.images)):
+    for name, pattern in others.items():
+        if pattern and ("*" not in pattern or images.count("*") != 1 or set("?[") & set(images)):
             raise MedfusionError(
-                f"{setting}: no telling which file belongs to which scan",
-                **{"data.images": data.images, setting: pattern},
-                fix="one * in data.images, and a * for the same in the other: '*_T1.nii.gz' and '*_mask.nii.gz'",
-            )
-
-
-def check_patterns(images: str, **others: str) -> None:
-    """Check that names of files given on the command line tell which file belongs to which scan.
-
-    Raises
-    ------
-    MedfusionError : one of ``others`` that is given has no *, or ``images`` has not exactly one.
-    """
-    for option, pattern in others.items():
-        if pattern and (pattern.count("*") != 1 or images.count("*") != 1 or set("?[") & set(images + pattern)):
-            raise MedfusionError(
-                f"--{option}: no telling which file belongs to which scan",
-                **{"--images": images, f"--{option}": pattern},
-                fix="one * in each, for the same: '*_T1.nii.gz' and '*_lesions.nii.gz'",
+                f"{prefix}{name}: no telling which file belongs to which scan",
+                **{f"{prefix}images": images, f"{prefix}{name}": pattern},
+                fix=f"one * in {prefix}images, and a * for the same in the other: '*_T1.nii.gz' and '*_{name}.nii.gz'",
             )
 
 

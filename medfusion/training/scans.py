@@ -19,7 +19,7 @@ from medfusion.data.cache import cache_file, load_case, save_case
 from medfusion.data.crops import STRIPPED, UNKNOWN, WHOLE_HEAD, Case, prepare, stripped
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, discover, read
-from medfusion.io.companions import companion, read_beside, read_labels, require_stars, some, without
+from medfusion.io.companions import check_patterns, companion, read_beside, read_labels, some, without
 from medfusion.training.audit import Audit, Scan, measure
 from medfusion.training.classes import read_classes
 
@@ -49,7 +49,7 @@ def load_cases(
     MedfusionError : nothing is found; a pattern or the table of classes does not fit; or some scans cannot be used: all
         of them are named, with the reason.
     """
-    require_stars(config.data)
+    check_patterns(config.data.images, "data.", masks=config.data.masks, labels=config.data.labels)
     found, excluded = without(discover(folder, pattern=config.data.images), exclude)
     names = [series.name for series in found]
     classes = read_classes(folder / config.data.classes, names, config) if config.data.classes else {}
