@@ -35,7 +35,7 @@ class Reference:
     method : of ``medfusion.tasks.rebuild.METHODS``.
     affine : (4, 4), voxel index of the maps to world millimetres of the mean healthy scan.
     atlas : (i, j, k), the mean healthy scan in the prior's units.
-    spread : (i, j, k), the standard deviation of healthy scans there.
+    spread : (i, j, k), the standard deviation of healthy scans there, their bias fields taken out.
     inside : (i, j, k) bool, where scores are given; maps other than the atlas are known there and go on beyond it.
     mean, sd : (2, i, j, k) of the healthy scans' residual and structural difference there.
     tissue : (2, len(TISSUES) - 1), by how much the spread in a tissue differs from that of its place.

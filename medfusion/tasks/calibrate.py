@@ -20,7 +20,17 @@ from medfusion.data.registration import carried, register
 from medfusion.errors import MedfusionError
 from medfusion.prior import Prior
 from medfusion.reference import SHARES, SMALLEST_SD, TISSUES, Reference, continued, height_of, standardise, weigh
-from medfusion.tasks.place import FEATURES, Seen, features, healthy_at, in_box, on_scan, seen_by, tissue_ml
+from medfusion.tasks.place import (
+    FEATURES,
+    Seen,
+    features,
+    healthy_at,
+    in_box,
+    on_scan,
+    seen_by,
+    tissue_ml,
+    without_bias,
+)
 from medfusion.tasks.rebuild import METHODS, examine
 from medfusion.tasks.scores import combine
 from medfusion.volume import Volume
@@ -41,9 +51,9 @@ class Cohort:
 
     Attributes
     ----------
-    scans : each at the prior's spacing, in its units.
+    scans : each at the prior's spacing, in its units, without its bias field.
     matrices : (4, 4) each, as of ``register(scan, atlas)``.
-    atlas : their mean, at COARSE mm; all maps lie on its grid.
+    atlas : their mean, bias fields and all, at COARSE mm; all maps lie on its grid.
     spread : (i, j, k), their standard deviation there.
     inside : (i, j, k) bool, the part that is scored.
     stripped : whether they are brains without the rest of the head.
@@ -103,9 +113,29 @@ def gather(
     inside = np.mean(shares, axis=0) > HALF
     if not inside.any():
         raise MedfusionError("the parts of interest of the healthy scans have no place in common")
-    stacked = np.stack([_brought(*each) for each in zip(seen, [atlas] * len(seen), matrices, strict=True)])
-    _, spread = moments(stacked.sum(axis=0), (stacked**2).sum(axis=0), len(seen), inside)
-    return Cohort(seen, matrices, atlas, spread, inside, stripped)
+    spread = spread_of(seen, matrices, atlas, inside)
+    spread = spread_of(evenly_lit(seen, matrices, atlas, spread, inside), matrices, atlas, inside)
+    return Cohort(evenly_lit(seen, matrices, atlas, spread, inside), matrices, atlas, spread, inside, stripped)
+
+
+def evenly_lit(
+    scans: list[Seen],
+    matrices: list[NDArray[np.float64]],
+    atlas: Volume,
+    spread: NDArray[np.float32],
+    inside: NDArray[np.bool_],
+) -> list[Seen]:
+    """Each scan without its bias field."""
+    each = zip(scans, matrices, strict=True)
+    return [without_bias(seen, matrix, atlas, spread, inside) for seen, matrix in each]
+
+
+def spread_of(
+    scans: list[Seen], matrices: list[NDArray[np.float64]], atlas: Volume, inside: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """(i, j, k): the standard deviation of the scans on the grid of the atlas."""
+    brought = np.stack([_brought(seen, atlas, matrix) for seen, matrix in zip(scans, matrices, strict=True)])
+    return moments(brought.sum(axis=0), (brought**2).sum(axis=0), len(scans), inside)[1]
 
 
 def _brought(seen: Seen, atlas: Volume, matrix: NDArray[np.float64]) -> NDArray[np.float64]:

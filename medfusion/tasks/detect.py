@@ -28,7 +28,16 @@ from medfusion.io.findings import Finding, name_findings, read_label_names, writ
 from medfusion.prior import Prior
 from medfusion.reference import ANOTHER, DIFFERENT, NEIGHBOURS, Reference, false_discovery, standardise, weigh
 from medfusion.tasks.checks import caution
-from medfusion.tasks.place import features, healthy_at, in_box, on_scan, seen_by, tissue_ml
+from medfusion.tasks.place import (
+    Seen,
+    features,
+    healthy_at,
+    in_box,
+    on_scan,
+    seen_by,
+    tissue_ml,
+    without_bias,
+)
 from medfusion.tasks.rebuild import METHODS, examine
 from medfusion.tasks.runner import Job, Run, Settings, require_folder, run_jobs
 from medfusion.tasks.scores import WINDOW, combine
@@ -87,6 +96,10 @@ class Detection:
         return f"unlike the healthy reference in {', '.join(apart)}: p-values may not hold" if apart else ""
 
 
+Page = Callable[[Path, Volume, Detection], None]
+"""(path, scan, what was found) -> writes the review page there."""
+
+
 def detect_volume(
     volume: Volume,
     prior: Prior,
@@ -111,12 +124,73 @@ def detect_volume(
     MedfusionError : the prior has no reference for the method, or is for another modality; the scan is unlike the
         healthy ones, constant, a slab, or cannot be registered.
     """
-    seen = seen_by(prior, volume)
-    reference = pick_reference(prior, method, tissue_ml(seen))
-    work, atlas = seen.volume, reference.mean_scan
-    matrix = register(work, atlas)
-    here = healthy_at(work, matrix, atlas, reference.spread, reference.inside)
-    apart = reference.unlikeness(features(work, here, matrix))
+    scored = score_scan(volume, prior, method, unlike=unlike, seed=seed)
+    reference, work, inside = scored.reference, scored.seen.volume, scored.inside
+
+    # Error rates are those of the prior's grid, on which the reference was made: interpolation lowers peaks.
+    p = reference.p_values(scored.score[inside])
+    passed = scored.score[inside][p <= false_discovery(p, fdr)]
+    lowest = float(passed.min()) if passed.size else math.inf
+    clusters, weights = weigh(scored.score, inside, reference.height, work.voxel_ml)
+
+    there = onto_grid(work.with_array(inside), volume) > 0.5
+    score, leaning = (onto_grid(work.with_array(array), volume) for array in (scored.score, scored.leaning))
+    anomaly = volume.with_array(np.where(there, score, np.float32(0)))
+    reach = 2 * WINDOW * prior.config.preprocessing.spacing
+    mask = there & (anomaly.array >= lowest) & within_outline(anomaly, reach)
+    weight_of = np.concatenate([[0.0], weights]).astype(np.float32)
+    weight = weight_of[nearest(work.with_array(clusters), volume)]
+    regions, findings = find_regions(anomaly, leaning, mask, weight, reference, min_ml)
+    p_value = np.ones(volume.shape, np.float32)
+    p_value[there] = reference.p_values(anomaly.array[there])
+    as_seen, rebuilt = (scored.seen.in_scan_units(array, volume) for array in (work.array, scored.rebuilt))
+    return Detection(
+        anomaly=anomaly,
+        signed=volume.with_array(np.copysign(anomaly.array, leaning)),
+        residual=volume.with_array(as_seen - rebuilt),
+        reconstruction=volume.with_array(rebuilt),
+        p_value=volume.with_array(p_value),
+        regions=volume.with_array(regions),
+        scored=there,
+        findings=findings,
+        threshold=float(anomaly.array[regions > 0].min()) if findings else reference.height,
+        scan_p=reference.region_p(weights.max(initial=0.0)),
+        unlikeness=scored.unlikeness,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Scored:
+    """What a method leaves on one scan, by the standards of its healthy reference, at the prior's spacing.
+
+    Attributes
+    ----------
+    seen : the scan without its bias field.
+    inside : bool (d, h, w), where there is a score at all.
+    rebuilt, score, leaning : (d, h, w), in a box around ``inside`` that was rebuilt, the score, 0 or above, and the
+        standardised residual; beyond it the scan as it is, 0 and 0.
+    unlikeness : as of ``Reference.unlikeness``.
+    """
+
+    reference: Reference
+    seen: Seen
+    inside: NDArray[np.bool_]
+    rebuilt: NDArray[np.float32]
+    score: NDArray[np.float32]
+    leaning: NDArray[np.float32]
+    unlikeness: dict[str, float]
+
+
+def score_scan(volume: Volume, prior: Prior, method: str, *, unlike: bool, seed: int) -> Scored:
+    """Register a scan to the healthy, take its bias field out, rebuild it and compare; as ``detect_volume``."""
+    uneven = seen_by(prior, volume)
+    reference = pick_reference(prior, method, tissue_ml(uneven))
+    atlas = reference.mean_scan
+    matrix = register(uneven.volume, atlas)
+    healthy = atlas, reference.spread, reference.inside
+    seen = without_bias(uneven, matrix, *healthy)
+    here = healthy_at(seen.volume, matrix, *healthy)
+    apart = reference.unlikeness(features(seen.volume, here, matrix))
     if max(apart.values()) > ANOTHER and not unlike:
         worst = max(apart, key=lambda name: apart[name])
         raise MedfusionError(
@@ -125,46 +199,19 @@ def detect_volume(
             fix="calibrate the prior on healthy scans of this kind, or take --unlike for scores without error rates",
         )
     found = examine(seen, here, prior, method, stripped=reference.stripped, seed=seed)
-    box = in_box(work, found.box)
-    mean, sd = (np.stack([on_scan(c, atlas, matrix, box) for c in both]) for both in (reference.mean, reference.sd))
+    part = in_box(seen.volume, found.box)
+    mean, sd = (np.stack([on_scan(c, atlas, matrix, part) for c in both]) for both in (reference.mean, reference.sd))
     z = standardise(found.raw, found.rebuilt, mean, sd, reference.tissue)
-    score, inside = combine(z, METHODS[method].score), here.inside[found.box]
+    score = combine(z, METHODS[method].score)
 
-    # Error rates are those of the prior's grid, on which the reference was made: interpolation lowers peaks.
-    p = reference.p_values(score[inside])
-    passed = score[inside][p <= false_discovery(p, fdr)]
-    lowest = float(passed.min()) if passed.size else math.inf
-    clusters, weights = weigh(score, inside, reference.height, work.voxel_ml)
+    def whole(part: NDArray[np.float32], beyond: NDArray[np.float32]) -> NDArray[np.float32]:
+        filled = beyond.copy()
+        filled[found.box] = part
+        return filled
 
-    def back(array: NDArray[np.float32], outside: NDArray[np.float32] | float = 0.0) -> NDArray[np.float32]:
-        """An array in the box at the voxels of the input; beyond the box it is ``outside``."""
-        whole = np.broadcast_to(np.float32(outside), work.shape).copy()
-        whole[found.box] = array
-        return onto_grid(work.with_array(whole), volume)
-
-    scored = onto_grid(work.with_array(here.inside), volume) > 0.5
-    anomaly, leaning = np.where(scored, back(score), np.float32(0)), back(z[0])
-    reach = 2 * WINDOW * prior.config.preprocessing.spacing
-    mask = scored & (anomaly >= lowest) & within_outline(volume.with_array(anomaly), reach)
-    weight_there = np.concatenate([[0.0], weights]).astype(np.float32)[nearest(box.with_array(clusters), volume)]
-    regions, findings = find_regions(volume.with_array(anomaly), leaning, mask, weight_there, reference, min_ml)
-    p_value = np.ones(volume.shape, np.float32)
-    p_value[scored] = reference.p_values(anomaly[scored])
-    reconstruction = seen.scale.invert(back(found.rebuilt, work.array))
-    residual = np.where(back(np.ones_like(score)) > 0.5, seen.scale.invert(onto_grid(work, volume)) - reconstruction, 0)
-    return Detection(
-        anomaly=volume.with_array(anomaly),
-        signed=volume.with_array(np.copysign(anomaly, leaning)),
-        residual=volume.with_array(residual.astype(np.float32)),
-        reconstruction=volume.with_array(reconstruction),
-        p_value=volume.with_array(p_value),
-        regions=volume.with_array(regions),
-        scored=scored,
-        findings=findings,
-        threshold=float(anomaly[regions > 0].min()) if findings else reference.height,
-        scan_p=reference.region_p(weights.max(initial=0.0)),
-        unlikeness=apart,
-    )
+    nothing = np.zeros_like(seen.volume.array)
+    rebuilt = whole(found.rebuilt, seen.volume.array)
+    return Scored(reference, seen, here.inside, rebuilt, whole(score, nothing), whole(z[0], nothing), apart)
 
 
 def within_outline(anomaly: Volume, reach: float) -> NDArray[np.bool_]:
@@ -255,7 +302,7 @@ def detect(
     volume: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
-    page: Callable[[Path, Volume, Detection], None] | None = None,
+    page: Page | None = None,
 ) -> Run:
     """Map anomalies of every scan under ``input``.
 
@@ -291,11 +338,8 @@ def detect(
     found = scans_called(input, images, labels) if labels else discover(input)
     unreferable = {s.name: why_unreferable(s) for s in found if s.kind == "dicom"}
 
-    def targets(series: Series) -> list[Path]:
-        kinds = [f"{kind}.nii.gz" for kind in IMAGES]
-        kinds += ["findings.csv", "findings.json"] + ["review.html"] * (page is not None)
-        kinds += ["dicom"] * (unreferable.get(series.name) == "")
-        return [output / f"{series.name}_{kind}" for kind in kinds]
+    def targets(series: Series) -> dict[str, Path]:
+        return case_files(output, series.name, page is not None, unreferable.get(series.name) == "")
 
     def work(series: Series, loaded: Prior) -> str:
         scan = read(series, volume)
@@ -303,24 +347,8 @@ def detect(
         result = detect_volume(scan, loaded, **options)
         if regions is not None:
             result = replace(result, findings=name_findings(result.findings, regions, names))
-        *paths, table, about = targets(series)[: len(IMAGES) + 2]
-        for image, path in zip(IMAGES.values(), paths, strict=True):
-            write_nifti(getattr(result, image), path, overwrite=replaced)
-        write_findings(table, result.findings, overwrite=replaced)
-        write_summary(about, scan.name, result.findings, facts(result, loaded, method), overwrite=replaced)
-        if page is not None:
-            page(output / f"{series.name}_review.html", scan, result)
+        write_case(targets(series), scan, result, facts(result, loaded, method), page, overwrite=replaced)
         problem = unreferable.get(series.name)
-        if problem == "":
-            write_dicom_results(
-                output / f"{series.name}_dicom",
-                scan,
-                regions=result.regions.array,
-                findings=result.findings,
-                anomaly=result.anomaly.array,
-                threshold=result.threshold,
-                overwrite=replaced,
-            )
         return summary(result) + caution(scan, loaded) + (f"; no DICOM results: {problem}" if problem else "")
 
     def beside(series: Series) -> tuple[tuple[Path, ...], tuple[str, ...]]:
@@ -336,8 +364,45 @@ def detect(
     for series in found:
         files, missing = beside(series)
         problems = series.problems + missing
-        jobs.append(Job(series.name, series.files + files, targets(series), partial(work, series), problems))
+        written = list(targets(series).values())
+        jobs.append(Job(series.name, series.files + files, written, partial(work, series), problems))
     return run_jobs(settings, jobs)
+
+
+def case_files(output: Path, name: str, page: bool, dicom: bool) -> dict[str, Path]:
+    """What is written of a case, and where; the review page and DICOM results where they are asked for."""
+    endings = {kind: f"{kind}.nii.gz" for kind in IMAGES} | {"findings": "findings.csv", "summary": "findings.json"}
+    endings |= {"page": "review.html"} if page else {}
+    endings |= {"dicom": "dicom"} if dicom else {}
+    return {kind: output / f"{name}_{ending}" for kind, ending in endings.items()}
+
+
+def write_case(
+    files: dict[str, Path],
+    scan: Volume,
+    found: Detection,
+    about: dict[str, object],
+    page: Page | None,
+    *,
+    overwrite: bool,
+) -> None:
+    """Write the results of a scan to ``files``, as of ``case_files``; ``about`` it as of ``facts``."""
+    for kind, part in IMAGES.items():
+        write_nifti(getattr(found, part), files[kind], overwrite=overwrite)
+    write_findings(files["findings"], found.findings, overwrite=overwrite)
+    write_summary(files["summary"], scan.name, found.findings, about, overwrite=overwrite)
+    if page is not None:
+        page(files["page"], scan, found)
+    if "dicom" in files:
+        write_dicom_results(
+            files["dicom"],
+            scan,
+            regions=found.regions.array,
+            findings=found.findings,
+            anomaly=found.anomaly.array,
+            threshold=found.threshold,
+            overwrite=overwrite,
+        )
 
 
 def facts(found: Detection, prior: Prior, method: str) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""A scan as the prior sees it, where the anatomy of the healthy lies in it, and how alike them it is."""
+"""A scan as the prior sees it, evenly lit, where the anatomy of the healthy lies in it, and how alike them it is."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from medfusion.data.grid import canonical, onto_grid, resampled
+from medfusion.data.grid import canonical, nearest, onto_grid, resampled
 from medfusion.data.intensity import SEEN, IntensityScale, foreground, measure_scale
 from medfusion.data.noise import estimate_noise
 from medfusion.data.registration import carried
@@ -18,28 +18,84 @@ from medfusion.tasks.checks import check_scan
 from medfusion.volume import Volume
 
 MARGIN = 8  # voxels around the part that is scored: what the prior is shown beyond it
+BIAS_WIDTH = 40.0  # mm, standard deviation of the window
+STRONGEST = 4.0  # factor of a bias field, either way
+SUSPECT = (2.5, 3.5)  # spreads of the healthy, from which on a voxel may be a lesion's, and from which on it is
+FAINT = 1e-3  # mean square of tissue in a window, of air to bright tissue = 2: with less, far off, the field is 1
 FEATURES = ("size", "stretch", "likeness", "noise", "dark", "middle", "bright", "sharpness")
 
 
 @dataclass(frozen=True, eq=False)
 class Seen:
-    """One scan upright at the prior's spacing, in its units, clipped to SEEN; ``scale`` leads back to the scan's."""
+    """One scan upright at the prior's spacing, in its units, clipped to SEEN.
+
+    ``scale`` and ``bias``, the field by which ``without_bias`` divided it, lead back to the scan's units.
+    """
 
     volume: Volume
     scale: IntensityScale
+    bias: NDArray[np.float32] | float = 1.0
+
+    def in_scan_units(self, array: NDArray[np.float32], scan: Volume) -> NDArray[np.float32]:
+        """An array at its voxels, on the grid of the scan and in its units."""
+        lit = ((array + 1) * self.bias - 1).astype(np.float32)
+        return self.scale.invert(onto_grid(self.volume.with_array(lit), scan))
 
 
 def seen_by(prior: Prior, volume: Volume) -> Seen:
-    """The scan as ``prior`` sees it.
+    """The scan as ``prior`` sees it, of the prior's modality.
 
     Raises
     ------
     MedfusionError : another modality than the prior's, a slab, a constant image.
     """
     check_scan(volume, prior)
-    work = resampled(canonical(volume), prior.config.preprocessing.spacing)
-    scale = measure_scale(work.array, prior.config.preprocessing.percentile, volume.name)
-    return Seen(work.with_array(scale.apply(work.array).clip(*SEEN)), scale)
+    preprocessing = prior.config.preprocessing
+    work = resampled(canonical(volume), preprocessing.spacing)
+    scale = measure_scale(work.array, preprocessing.percentile, volume.name)
+    return Seen(replace(work, array=scale.apply(work.array).clip(*SEEN), modality=preprocessing.modality), scale)
+
+
+def bias_field(
+    scan: Volume, matrix: NDArray[np.float64], atlas: Volume, spread: NDArray[np.float32], inside: NDArray[np.bool_]
+) -> NDArray[np.float32]:
+    """(d, h, w): by how much coils and gain make a scan brighter than the mean of the healthy there, smooth.
+
+    The factor by which ``atlas`` comes nearest to the scan, both counted from air, in a Gaussian window: the sum of
+    their products over that of the atlas's squares, ``inside`` and as far as the scan is not beyond the healthy, so
+    that no lesion counts; twice, as that depends on it. ``matrix`` as of ``register(scan, atlas)``.
+    """
+    coarse, there = resampled(scan, float(atlas.spacing.min())), carried(atlas, matrix)
+    covered = nearest(coarse.with_array(np.ones(coarse.shape, np.uint8)), there) > 0
+    found, expected = onto_grid(coarse, there) + 1, atlas.array + 1  # air is -1
+    tissue = inside & covered & (found > expected / STRONGEST)  # no brain that was cut off, no cavity
+    width, bias = BIAS_WIDTH / atlas.spacing, np.ones_like(found)
+    for _ in range(2):
+        weight = tissue * (1 - beyond_healthy(np.abs(found / bias - expected) / spread)) * expected
+        products, squares = (ndimage.gaussian_filter(weight * part, width) for part in (found, expected))
+        bias = np.clip((products + FAINT) / (squares + FAINT), 1 / STRONGEST, STRONGEST)
+    return on_scan(bias, atlas, matrix, scan)
+
+
+def beyond_healthy(apart: NDArray[np.float32]) -> NDArray[np.float32]:
+    """0 where a voxel is ``apart`` from the mean of the healthy by SUSPECT[0] of their spreads or less, 1 from [1]."""
+    low, high = SUSPECT
+    return np.clip((apart - low) / (high - low), 0, 1)
+
+
+def without_bias(
+    seen: Seen,
+    matrix: NDArray[np.float64],
+    atlas: Volume,
+    spread: NDArray[np.float32],
+    inside: NDArray[np.bool_],
+) -> Seen:
+    """The scan divided by its bias field, counted from air, and clipped to SEEN; CT has no such field."""
+    if seen.volume.modality == "CT":
+        return seen
+    bias = bias_field(seen.volume, matrix, atlas, spread, inside)
+    even = ((seen.volume.array + 1) / bias - 1).clip(*SEEN)
+    return Seen(seen.volume.with_array(even), seen.scale, bias)
 
 
 def tissue_ml(seen: Seen) -> float:

@@ -12,8 +12,8 @@ from medfusion.data.crops import context_channels
 from medfusion.data.seeds import case_generator
 from medfusion.errors import MedfusionError
 from medfusion.prior import Prior
-from medfusion.tasks.place import Here, seen_by
-from medfusion.tasks.rebuild import METHODS, SUSPECT, Shown, at_once, examine, stitched, suspect, there_and_back
+from medfusion.tasks.place import SUSPECT, Here, seen_by
+from medfusion.tasks.rebuild import METHODS, Shown, at_once, examine, stitched, suspect, there_and_back
 from medfusion.tasks.scores import combine, raw_maps
 from medfusion.volume import Volume
 
