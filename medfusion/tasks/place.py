@@ -162,9 +162,8 @@ def features(scan: Volume, here: Here, matrix: NDArray[np.float64]) -> NDArray[n
     percentiles of the intensity, share of detail. No lesion of some per cent of the brain moves one of them by much.
     """
     stretches = np.linalg.svd(matrix[:3, :3], compute_uv=False)
-    values = scan.array[here.inside]
-    alike = np.corrcoef(ndimage.gaussian_filter(scan.array, 1.0)[here.inside], here.atlas[here.inside])[0, 1]
-    detail = (scan.array - ndimage.gaussian_filter(scan.array, 1.0))[here.inside]
+    values, smooth = scan.array[here.inside], ndimage.gaussian_filter(scan.array, 1.0)[here.inside]
+    alike, detail = np.corrcoef(smooth, here.atlas[here.inside])[0, 1], values - smooth
     found = (
         np.log(stretches.prod()),
         np.log(stretches[0] / stretches[-1]),
