@@ -1,8 +1,9 @@
 """Calibrate: run a method of detection on healthy scans and keep, place by place, what it leaves on them.
 
 Each healthy scan is standardised by the others, by mean and spread of what is left on them at each place. (It is in
-the atlas, in the spread about it and in the factors of tissues itself, as one among all.) The pooled scores give p-values, the heaviest region
-of each scan those of regions and of scans: of scans of the same kind one in twenty has a p of 0.05 or less.
+the atlas, in the spread about it and in the factors of tissues itself, as one among all.) The pooled scores give
+p-values, the heaviest region of each scan those of regions and of scans: of scans of the same kind one in twenty has a
+p of 0.05 or less.
 """
 
 from __future__ import annotations
