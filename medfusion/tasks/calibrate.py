@@ -9,7 +9,7 @@ p of 0.05 or less.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from medfusion.prior import Prior
 from medfusion.reference import SHARES, SMALLEST_SD, TISSUES, Reference, continued, height_of, standardise, weigh
 from medfusion.tasks.place import (
     FEATURES,
+    Healthy,
     Seen,
     features,
     healthy_at,
@@ -54,17 +55,13 @@ class Cohort:
     ----------
     scans : each at the prior's spacing, in its units, without its bias field.
     matrices : (4, 4) each, as of ``register(scan, atlas)``.
-    atlas : their mean, bias fields and all, at COARSE mm; all maps lie on its grid.
-    spread : (i, j, k), their standard deviation there.
-    inside : (i, j, k) bool, the part that is scored.
+    healthy : their mean, bias fields and all, at COARSE mm, on whose grid all maps lie; their spread without these.
     stripped : whether they are brains without the rest of the head.
     """
 
     scans: list[Seen]
     matrices: list[NDArray[np.float64]]
-    atlas: Volume
-    spread: NDArray[np.float32]
-    inside: NDArray[np.bool_]
+    healthy: Healthy
     stripped: bool
 
 
@@ -114,21 +111,14 @@ def gather(
     inside = np.mean(shares, axis=0) > HALF
     if not inside.any():
         raise MedfusionError("the parts of interest of the healthy scans have no place in common")
-    spread = spread_of(seen, matrices, atlas, inside)
-    spread = spread_of(evenly_lit(seen, matrices, atlas, spread, inside), matrices, atlas, inside)
-    return Cohort(evenly_lit(seen, matrices, atlas, spread, inside), matrices, atlas, spread, inside, stripped)
+    healthy = Healthy(atlas, spread_of(seen, matrices, atlas, inside), inside)
+    healthy = replace(healthy, spread=spread_of(evenly_lit(seen, matrices, healthy), matrices, atlas, inside))
+    return Cohort(evenly_lit(seen, matrices, healthy), matrices, healthy, stripped)
 
 
-def evenly_lit(
-    scans: list[Seen],
-    matrices: list[NDArray[np.float64]],
-    atlas: Volume,
-    spread: NDArray[np.float32],
-    inside: NDArray[np.bool_],
-) -> list[Seen]:
+def evenly_lit(scans: list[Seen], matrices: list[NDArray[np.float64]], healthy: Healthy) -> list[Seen]:
     """Each scan without its bias field."""
-    each = zip(scans, matrices, strict=True)
-    return [without_bias(seen, matrix, atlas, spread, inside) for seen, matrix in each]
+    return [without_bias(seen, matrix, healthy) for seen, matrix in zip(scans, matrices, strict=True)]
 
 
 def spread_of(
@@ -157,12 +147,12 @@ def make_reference(cohort: Cohort, prior: Prior, method: str, *, seed: int = 0, 
     ------
     MedfusionError : the method needs another kind of prior.
     """
-    atlas, inside, count = cohort.atlas, cohort.inside, len(cohort.scans)
+    atlas, inside, count = cohort.healthy.atlas, cohort.healthy.inside, len(cohort.scans)
     left, found = [], []
     for number, (seen, matrix) in enumerate(zip(cohort.scans, cohort.matrices, strict=True), start=1):
         scan = seen.volume
         progress(f"{method} {number}/{count} {scan.name}")
-        here = healthy_at(scan, matrix, atlas, cohort.spread, inside)
+        here = healthy_at(scan, matrix, cohort.healthy)
         rest = examine(seen, here, prior, method, stripped=cohort.stripped, seed=seed)
         found.append(features(scan, here, matrix))
         halved = rest.rebuilt.astype(np.float16), rest.raw.astype(np.float16)
@@ -186,7 +176,7 @@ def make_reference(cohort: Cohort, prior: Prior, method: str, *, seed: int = 0, 
         method=method,
         affine=atlas.affine,
         atlas=atlas.array.astype(np.float32),
-        spread=cohort.spread,
+        spread=cohort.healthy.spread,
         inside=inside,
         mean=mean,
         sd=sd,

@@ -29,6 +29,7 @@ from medfusion.prior import Prior
 from medfusion.reference import ANOTHER, DIFFERENT, NEIGHBOURS, Reference, false_discovery, standardise, weigh
 from medfusion.tasks.checks import caution
 from medfusion.tasks.place import (
+    Healthy,
     Seen,
     features,
     healthy_at,
@@ -187,9 +188,9 @@ def score_scan(volume: Volume, prior: Prior, method: str, *, unlike: bool, seed:
     reference = pick_reference(prior, method, tissue_ml(uneven))
     atlas = reference.mean_scan
     matrix = register(uneven.volume, atlas)
-    healthy = atlas, reference.spread, reference.inside
-    seen = without_bias(uneven, matrix, *healthy)
-    here = healthy_at(seen.volume, matrix, *healthy)
+    healthy = Healthy(atlas, reference.spread, reference.inside)
+    seen = without_bias(uneven, matrix, healthy)
+    here = healthy_at(seen.volume, matrix, healthy)
     apart = reference.unlikeness(features(seen.volume, here, matrix))
     if max(apart.values()) > ANOTHER and not unlike:
         worst = max(apart, key=lambda name: apart[name])

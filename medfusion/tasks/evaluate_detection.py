@@ -139,18 +139,7 @@ def evaluate_detection(
         "masks": masks,
         "healthy_without_truth": healthy_without_truth,
     }
-    problems: dict[str, object] = {}
-    for series in found:
-        try:
-            load_case(series, **names)
-        except MedfusionError as error:
-            problems[series.files[0].name] = "; ".join([error.what, *map(str, error.facts.values())])
-    if problems:
-        raise MedfusionError(
-            f"{len(problems)} of {len(found)} scan(s) cannot be evaluated",
-            **problems,
-            fix="mend them or name the scans by --images; --healthy-without-truth where no truth means healthy",
-        )
+    check_cases(found, names)
     patient_of = read_patients(patients, [s.name for s in found]) if patients else {s.name: s.name for s in found}
     chosen = pick_methods(Prior.load(prior, pick_device(device)), methods)
 
@@ -183,6 +172,27 @@ def evaluate_detection(
     summary = summarise(results)
     write_results(output, results, summary)
     return run, summary
+
+
+def check_cases(found: Sequence[Series], names: Mapping[str, Any]) -> None:
+    """Read every case once, by ``names`` as of ``load_case``.
+
+    Raises
+    ------
+    MedfusionError : some cannot be used; all of them are named.
+    """
+    problems: dict[str, object] = {}
+    for series in found:
+        try:
+            load_case(series, **names)
+        except MedfusionError as error:
+            problems[series.files[0].name] = "; ".join([error.what, *map(str, error.facts.values())])
+    if problems:
+        raise MedfusionError(
+            f"{len(problems)} of {len(found)} scan(s) cannot be evaluated",
+            **problems,
+            fix="mend them or name the scans by --images; --healthy-without-truth where no truth means healthy",
+        )
 
 
 def load_case(

@@ -56,22 +56,30 @@ def seen_by(prior: Prior, volume: Volume) -> Seen:
     return Seen(replace(work, array=scale.apply(work.array).clip(*SEEN), modality=preprocessing.modality), scale)
 
 
-def bias_field(
-    scan: Volume, matrix: NDArray[np.float64], atlas: Volume, spread: NDArray[np.float32], inside: NDArray[np.bool_]
-) -> NDArray[np.float32]:
+@dataclass(frozen=True, eq=False)
+class Healthy:
+    """The mean of healthy scans, and on its grid (i, j, k) their spread, and where scans are to be scored."""
+
+    atlas: Volume
+    spread: NDArray[np.float32]
+    inside: NDArray[np.bool_]
+
+
+def bias_field(scan: Volume, matrix: NDArray[np.float64], healthy: Healthy) -> NDArray[np.float32]:
     """(d, h, w): by how much coils and gain make a scan brighter than the mean of the healthy there, smooth.
 
-    The factor by which ``atlas`` comes nearest to the scan, both counted from air, in a Gaussian window: the sum of
-    their products over that of the atlas's squares, ``inside`` and as far as the scan is not beyond the healthy, so
+    The factor by which the atlas comes nearest to the scan, both counted from air, in a Gaussian window: the sum of
+    their products over that of the atlas's squares, inside and as far as the scan is not beyond the healthy, so
     that no lesion counts; twice, as that depends on it. ``matrix`` as of ``register(scan, atlas)``.
     """
+    atlas = healthy.atlas
     coarse, there = resampled(scan, float(atlas.spacing.min())), carried(atlas, matrix)
     covered = nearest(coarse.with_array(np.ones(coarse.shape, np.uint8)), there) > 0
     found, expected = onto_grid(coarse, there) + 1, atlas.array + 1  # air is -1
-    tissue = inside & covered & (found > expected / STRONGEST)  # no brain that was cut off, no cavity
+    tissue = healthy.inside & covered & (found > expected / STRONGEST)  # no brain that was cut off, no cavity
     width, bias = BIAS_WIDTH / atlas.spacing, np.ones_like(found)
     for _ in range(2):
-        weight = tissue * (1 - beyond_healthy(np.abs(found / bias - expected) / spread)) * expected
+        weight = tissue * (1 - beyond_healthy(np.abs(found / bias - expected) / healthy.spread)) * expected
         products, squares = (ndimage.gaussian_filter(weight * part, width) for part in (found, expected))
         bias = np.clip((products + FAINT) / (squares + FAINT), 1 / STRONGEST, STRONGEST)
     return on_scan(bias, atlas, matrix, scan)
@@ -83,17 +91,11 @@ def beyond_healthy(apart: NDArray[np.float32]) -> NDArray[np.float32]:
     return np.clip((apart - low) / (high - low), 0, 1)
 
 
-def without_bias(
-    seen: Seen,
-    matrix: NDArray[np.float64],
-    atlas: Volume,
-    spread: NDArray[np.float32],
-    inside: NDArray[np.bool_],
-) -> Seen:
+def without_bias(seen: Seen, matrix: NDArray[np.float64], healthy: Healthy) -> Seen:
     """The scan divided by its bias field, counted from air, and clipped to SEEN; CT has no such field."""
     if seen.volume.modality == "CT":
         return seen
-    bias = bias_field(seen.volume, matrix, atlas, spread, inside)
+    bias = bias_field(seen.volume, matrix, healthy)
     even = ((seen.volume.array + 1) / bias - 1).clip(*SEEN)
     return Seen(seen.volume.with_array(even), seen.scale, bias)
 
@@ -133,26 +135,21 @@ class Here:
     inside: NDArray[np.bool_]
 
 
-def healthy_at(
-    scan: Volume,
-    matrix: NDArray[np.float64],
-    atlas: Volume,
-    spread: NDArray[np.float32],
-    inside: NDArray[np.bool_],
-) -> Here:
-    """Maps on the grid of ``atlas`` at the voxels of a scan; ``matrix`` as of ``register(scan, atlas)``.
+def healthy_at(scan: Volume, matrix: NDArray[np.float64], healthy: Healthy) -> Here:
+    """What the healthy are at the voxels of a scan; ``matrix`` as of ``register(scan, atlas)``.
 
     Raises
     ------
     MedfusionError : nothing of the part that is scored is in the scan's field of view.
     """
-    part = np.pad(inside, 1).astype(np.float32)  # which ends where the field of view of the atlas does
+    atlas = healthy.atlas
+    part = np.pad(healthy.inside, 1).astype(np.float32)  # which ends where the field of view of the atlas does
     affine = atlas.affine.copy()
     affine[:3, 3] = atlas.to_world((-1, -1, -1))
     scored = on_scan(part, Volume(part, affine), matrix, scan) > 0.5
     if not scored.any():
         raise MedfusionError(f"{scan.name}: nothing of what the healthy reference knows is in the field of view")
-    return Here(on_scan(atlas.array, atlas, matrix, scan), on_scan(spread, atlas, matrix, scan), scored)
+    return Here(on_scan(atlas.array, atlas, matrix, scan), on_scan(healthy.spread, atlas, matrix, scan), scored)
 
 
 def features(scan: Volume, here: Here, matrix: NDArray[np.float64]) -> NDArray[np.float32]:

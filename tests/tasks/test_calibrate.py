@@ -44,8 +44,8 @@ def test_a_scan_is_standardised_by_the_others_alone() -> None:
     scans = cohort(prior, 10)
     rest = replace(scans, scans=scans.scans[1:], matrices=scans.matrices[1:])
     full, others = (make_reference(each, prior, "blur", progress=silent) for each in (scans, rest))
-    seen, matrix, atlas = scans.scans[0], scans.matrices[0], scans.atlas
-    here = healthy_at(seen.volume, matrix, atlas, scans.spread, scans.inside)
+    seen, matrix, atlas = scans.scans[0], scans.matrices[0], scans.healthy.atlas
+    here = healthy_at(seen.volume, matrix, scans.healthy)
     found = examine(seen, here, prior, "blur", stripped=False, seed=0)
     box = in_box(seen.volume, found.box)
     mean, sd = (np.stack([on_scan(c, atlas, matrix, box) for c in both]) for both in (others.mean, others.sd))
@@ -179,8 +179,8 @@ def test_a_mask_says_what_is_scored() -> None:
     scans = [healthy(seed) for seed in range(10)]
     half = np.zeros((SIZE,) * 3, bool)
     half[: SIZE // 2] = True
-    found = gather(((scan, half) for scan in scans), random_prior(), stripped=False, progress=silent)
-    left, right = found.inside[: found.inside.shape[0] // 2 - 1], found.inside[found.inside.shape[0] // 2 + 1 :]
+    inside = gather(((scan, half) for scan in scans), random_prior(), stripped=False, progress=silent).healthy.inside
+    left, right = inside[: inside.shape[0] // 2 - 1], inside[inside.shape[0] // 2 + 1 :]
     assert left.mean() > 0.9
     assert right.mean() < 0.1
 

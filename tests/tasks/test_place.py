@@ -8,7 +8,7 @@ from prior_factory import grid, head, random_prior
 from scipy import ndimage
 
 from medfusion.tasks.calibrate import head_in
-from medfusion.tasks.place import Seen, bias_field, seen_by, without_bias
+from medfusion.tasks.place import Healthy, Seen, bias_field, seen_by, without_bias
 from medfusion.volume import Volume
 
 SIZE = (40,) * 3
@@ -23,7 +23,7 @@ def field(array: np.ndarray, healthy: Seen) -> np.ndarray:
     """Of a phantom that lies where the healthy one does."""
     volume = healthy.volume
     spread = np.full(volume.shape, 0.1, np.float32)
-    return bias_field(seen(array).volume, np.eye(4), volume, spread, head_in(volume.array))
+    return bias_field(seen(array).volume, np.eye(4), Healthy(volume, spread, head_in(volume.array)))
 
 
 def ramp() -> np.ndarray:
@@ -35,7 +35,7 @@ def test_a_gain_is_found_and_taken_out() -> None:
     healthy = seen(head(AFFINE, SIZE, noise=0.0))
     inside = head_in(healthy.volume.array)
     brighter = replace(healthy, volume=healthy.volume.with_array((healthy.volume.array + 1) * 1.1 - 1))
-    among = np.eye(4), healthy.volume, np.full(SIZE, 0.1, np.float32), inside
+    among = np.eye(4), Healthy(healthy.volume, np.full(SIZE, 0.1, np.float32), inside)
     even = without_bias(brighter, *among)
     np.testing.assert_allclose(even.bias[inside], 1.1, rtol=1e-3)
     np.testing.assert_allclose(even.volume.array[inside], healthy.volume.array[inside], atol=0.01)
@@ -47,12 +47,12 @@ def test_air_where_the_healthy_have_tissue_is_no_bias() -> None:
     """A brain that is cut off early, or a scan that ends, where the healthy vary much."""
     healthy = seen(head(AFFINE, SIZE, noise=0.0))
     inside = head_in(healthy.volume.array)
-    spread = np.full(SIZE, 0.6, np.float32)
+    among = np.eye(4), Healthy(healthy.volume, np.full(SIZE, 0.6, np.float32), inside)
     cut = np.where(ndimage.binary_erosion(inside, iterations=2), healthy.volume.array, -1).astype(np.float32)
-    bias = bias_field(healthy.volume.with_array(cut), np.eye(4), healthy.volume, spread, inside)
+    bias = bias_field(healthy.volume.with_array(cut), *among)
     assert np.abs(bias - 1)[inside].max() < 0.06
     part = Volume(healthy.volume.array[:, :, :24], AFFINE, "part")
-    assert np.abs(bias_field(part, np.eye(4), healthy.volume, spread, inside) - 1).max() < 0.01
+    assert np.abs(bias_field(part, *among) - 1).max() < 0.01
 
 
 def test_what_is_smooth_over_the_head_is_bias() -> None:
