@@ -10,11 +10,12 @@ Scans (`--sets`), each divided by the 99.5th percentile of its positive voxels, 
   glioma      FLAIR and T1 with contrast agent of `glioma`, 1 mm, skull-stripped
   mprage      the 176 slices of `dicom/mr_t1_mprage_siemens_176`, a whole head at 1 mm
   ct          `ct/abdomen_3mm`
-and four studies of their own:
+and five studies of their own:
   retest      `oasis_t1_1mm/retest` as they are: is the denoised first scan closer to the second, rigidly registered?
   template    the MNI152 template of nilearn (`pip install nilearn`), the mean of 152 heads twenty times each: clean
   coverage    `ixi_t1_2mm/dev`: how many voxels of the truth lie in the 90 % interval of posterior samples
   adapt       the first scan of oasis-2mm, contrasts and ct: what ten minutes of `--adapt` on it are worth
+  large       a CT of 512 x 512 x 600 made of `ct/abdomen_3mm` with 25 HU of noise: minutes and memory of the command
 
 Noise (`--noise`): g5 is Gaussian of 5 % added to the whole volume, r5 Rician, d25 that of CT with 25 % of the photons
 (Poisson in the projections). PSNR (data range 1) and SSIM are means over the brain (labels, a mask, where it is not
@@ -31,6 +32,8 @@ Prints the tables; OUT receives `results.csv`, a row a scan, noise and method, a
 import argparse
 import csv
 import os
+import resource
+import subprocess
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -45,7 +48,7 @@ from scipy import ndimage, stats
 from skimage.metrics import structural_similarity
 
 from medfusion.data.intensity import foreground
-from medfusion.io import discover, read
+from medfusion.io import discover, read, write_nifti
 from medfusion.metrics import psnr
 from medfusion.prior import Prior
 from medfusion.report.figures import comparison_figure
@@ -73,6 +76,7 @@ SETS = {  # and the prior for each: brain-t1 where scans are like those that it 
     "template": "brain-t1",
     "coverage": "brain-t1",
     "adapt": "",  # that of each set
+    "large": "mri-patch",
 }
 COLUMNS = (
     "set",
@@ -336,6 +340,21 @@ def adaptation(arguments: argparse.Namespace) -> None:
     print_means("PSNR, dB", rows)
 
 
+def large(out: Path) -> None:
+    """What the command takes for a long CT: the slices of a short one, up and down, each enlarged, with white noise."""
+    scan = read(discover(data() / "ct/abdomen_3mm.nii.gz")[0])
+    slices = np.pad(np.arange(scan.shape[2]), (0, 600 - scan.shape[2]), mode="reflect")
+    enlarged = ndimage.zoom(scan.array.astype(np.float32), (512 / scan.shape[0], 512 / scan.shape[1], 1), order=1)
+    noisy = enlarged[:, :, slices] + np.random.default_rng(SEED).normal(0, 25, (512, 512, 600)).astype(np.float32)
+    path = out / "large.nii.gz"
+    write_nifti(Volume(noisy.round().astype(np.int16), np.diag([0.8, 0.8, 1.0, 1.0]), "large"), path, overwrite=True)
+    began = time.monotonic()
+    command = ["medfusion", "denoise", str(path), str(out / "large"), "--prior", SETS["large"], "--overwrite"]
+    subprocess.run(command, check=True)
+    peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024 / 1e9
+    print(f"large: {(time.monotonic() - began) / 60:.1f} minutes, {peak:.2f} GB at the peak")
+
+
 def data() -> Path:
     """The folder of scans."""
     return Path(os.environ["MEDFUSION_DATA"])
@@ -364,6 +383,8 @@ def main() -> None:
             coverage(arguments)
         elif name == "adapt":
             adaptation(arguments)
+        elif name == "large":
+            large(arguments.out)
         else:
             paths = scans_of(name, data())[: arguments.subjects]
             print_set(name, collected(name, paths, arguments))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from medfusion.data.grid import canonical, resampled
+from medfusion.data.grid import canonical, nearest, resampled
 from medfusion.errors import MedfusionError
 from medfusion.volume import Volume
 
@@ -20,11 +20,12 @@ STEP, SMALLEST_STEP, ITERATIONS = 1.0, 1e-4, 200  # of the gradient descent
 BINS = 32  # of the joint histogram
 
 
-def register(moving: Volume, fixed: Volume) -> NDArray[np.float64]:
+def register(moving: Volume, fixed: Volume, within: NDArray[np.bool_] | None = None) -> NDArray[np.float64]:
     """(4, 4) from world millimetres of ``fixed`` to those of ``moving``, of the same point of the anatomy.
 
     First rigid, then affine, by mutual information (Mattes et al. 2003), from the centres of mass: scans that lie more
-    than some 40 degrees apart are not brought together.
+    than some 40 degrees apart are not brought together. ``within`` (i, j, k) is the part of ``fixed`` that counts:
+    without it, what ``moving`` ends before is squeezed into it.
 
     Raises
     ------
@@ -32,19 +33,23 @@ def register(moving: Volume, fixed: Volume) -> NDArray[np.float64]:
     """
     import SimpleITK as sitk
 
-    target, source = (_image(resampled(canonical(volume), SPACING)) for volume in (fixed, moving))
+    grid = resampled(canonical(fixed), SPACING)
+    target, source = _image(grid), _image(resampled(canonical(moving), SPACING))
+    counts = None
+    if within is not None:
+        counts = _image(grid.with_array(nearest(fixed.with_array(within.astype(np.uint8)), grid))) > 0.5
     threads = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # several add up in any order, and bits differ
     try:
         centred = sitk.CenteredTransformInitializer(
             target, source, sitk.Euler3DTransform(), sitk.CenteredTransformInitializerFilter.MOMENTS
         )
-        rigid = sitk.Euler3DTransform(_descend(target, source, centred))
+        rigid = sitk.Euler3DTransform(_descend(target, source, centred, counts))
         start = sitk.AffineTransform(3)
         start.SetCenter(rigid.GetCenter())
         start.SetMatrix(rigid.GetMatrix())
         start.SetTranslation(rigid.GetTranslation())
-        found = sitk.AffineTransform(_descend(target, source, start))
+        found = sitk.AffineTransform(_descend(target, source, start, counts))
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise MedfusionError(f"{moving.name}: cannot be registered to {fixed.name}", reason=reason) from error
@@ -72,11 +77,13 @@ def _image(volume: Volume) -> Image:
     return image
 
 
-def _descend(fixed: Image, moving: Image, start: object) -> object:
+def _descend(fixed: Image, moving: Image, start: object, counts: Image | None) -> object:
     import SimpleITK as sitk
 
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(BINS)
+    if counts is not None:
+        method.SetMetricFixedMask(counts)
     method.SetOptimizerAsRegularStepGradientDescent(STEP, SMALLEST_STEP, ITERATIONS)
     method.SetOptimizerScalesFromPhysicalShift()
     method.SetShrinkFactorsPerLevel([2, 1])

@@ -17,7 +17,7 @@ from scipy import ndimage
 
 from medfusion.data.grid import onto_grid, resampled
 from medfusion.data.intensity import foreground
-from medfusion.data.registration import carried, register
+from medfusion.data.registration import carried
 from medfusion.errors import MedfusionError
 from medfusion.prior import Prior
 from medfusion.reference import SHARES, SMALLEST_SD, TISSUES, Reference, continued, height_of, standardise, weigh
@@ -29,6 +29,7 @@ from medfusion.tasks.place import (
     healthy_at,
     in_box,
     on_scan,
+    placed,
     seen_by,
     tissue_ml,
     without_bias,
@@ -54,7 +55,7 @@ class Cohort:
     Attributes
     ----------
     scans : each at the prior's spacing, in its units, without its bias field.
-    matrices : (4, 4) each, as of ``register(scan, atlas)``.
+    matrices : (4, 4) each, as of ``placed``.
     healthy : their mean, bias fields and all, at COARSE mm, on whose grid all maps lie; their spread without these.
     stripped : whether they are brains without the rest of the head.
     """
@@ -97,23 +98,40 @@ def gather(
         raise MedfusionError(f"{len(seen)} healthy scan(s) are too few for a reference", fewest=FEWEST)
     middle = int(np.argsort([part.sum() for part in parts])[len(parts) // 2])
     atlas = resampled(seen[middle].volume, COARSE)  # to begin with, a head of middling size
-    for what, chosen in (("one of them", seen[:: len(seen) // FEWEST]), ("their mean", seen)):
+    inside = in_common([seen[middle]], [parts[middle]], [np.eye(4)], atlas)
+    for what, every in (("one of them", len(seen) // FEWEST), ("their mean", 1)):
+        chosen = seen[::every]
         progress(f"registering {len(chosen)} scans to {what}")
-        brought = [_brought(each, atlas, register(each.volume, atlas)) for each in chosen]
+        matrices = [placed(each.volume, atlas, inside) for each in chosen]
+        inside = in_common(chosen, parts[::every], matrices, atlas)
+        brought = [_brought(each, atlas, matrix) for each, matrix in zip(chosen, matrices, strict=True)]
         halved = np.mean(brought, axis=0).astype(np.float16)  # as it is kept
         atlas = atlas.with_array(halved.astype(np.float32), name="healthy reference")
     progress(f"registering {len(seen)} scans to their final mean")
-    matrices = [register(each.volume, atlas) for each in seen]
+    matrices = [placed(each.volume, atlas, inside) for each in seen]
+    inside = in_common(seen, parts, matrices, atlas)
+    healthy = Healthy(atlas, spread_of(seen, matrices, atlas, inside), inside)
+    healthy = replace(healthy, spread=spread_of(evenly_lit(seen, matrices, healthy), matrices, atlas, inside))
+    return Cohort(evenly_lit(seen, matrices, healthy), matrices, healthy, stripped)
+
+
+def in_common(
+    scans: list[Seen], parts: list[NDArray[np.bool_]], matrices: list[NDArray[np.float64]], atlas: Volume
+) -> NDArray[np.bool_]:
+    """(i, j, k): where more than HALF of the scans have the part of interest, on the grid of the atlas.
+
+    Raises
+    ------
+    MedfusionError : nowhere.
+    """
     shares = [
         onto_grid(each.volume.with_array(part), carried(atlas, matrix))
-        for each, part, matrix in zip(seen, parts, matrices, strict=True)
+        for each, part, matrix in zip(scans, parts, matrices, strict=True)
     ]
     inside = np.mean(shares, axis=0) > HALF
     if not inside.any():
         raise MedfusionError("the parts of interest of the healthy scans have no place in common")
-    healthy = Healthy(atlas, spread_of(seen, matrices, atlas, inside), inside)
-    healthy = replace(healthy, spread=spread_of(evenly_lit(seen, matrices, healthy), matrices, atlas, inside))
-    return Cohort(evenly_lit(seen, matrices, healthy), matrices, healthy, stripped)
+    return inside
 
 
 def evenly_lit(scans: list[Seen], matrices: list[NDArray[np.float64]], healthy: Healthy) -> list[Seen]:

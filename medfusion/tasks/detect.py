@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from scipy import ndimage
 
 from medfusion.data.grid import nearest, onto_grid
-from medfusion.data.registration import register
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, discover, read, write_nifti
 from medfusion.io.companions import check_patterns, companion, read_beside, scans_called
@@ -35,6 +34,7 @@ from medfusion.tasks.place import (
     healthy_at,
     in_box,
     on_scan,
+    placed,
     seen_by,
     tissue_ml,
     without_bias,
@@ -187,8 +187,8 @@ def score_scan(volume: Volume, prior: Prior, method: str, *, unlike: bool, seed:
     uneven = seen_by(prior, volume)
     reference = pick_reference(prior, method, tissue_ml(uneven))
     atlas = reference.mean_scan
-    matrix = register(uneven.volume, atlas)
     healthy = Healthy(atlas, reference.spread, reference.inside)
+    matrix = placed(uneven.volume, atlas, reference.inside)
     seen = without_bias(uneven, matrix, healthy)
     here = healthy_at(seen.volume, matrix, healthy)
     apart = reference.unlikeness(features(seen.volume, here, matrix))

@@ -11,13 +11,14 @@ from scipy import ndimage
 from medfusion.data.grid import canonical, nearest, onto_grid, resampled
 from medfusion.data.intensity import SEEN, IntensityScale, foreground, measure_scale
 from medfusion.data.noise import estimate_noise
-from medfusion.data.registration import carried
+from medfusion.data.registration import carried, register
 from medfusion.errors import MedfusionError
 from medfusion.prior import Prior
 from medfusion.tasks.checks import check_scan
 from medfusion.volume import Volume
 
 MARGIN = 8  # voxels around the part that is scored: what the prior is shown beyond it
+OUTLINE = 20.0  # mm around the part that is scored, by which a scan is placed: the scalp is in it, the neck is not
 BIAS_WIDTH = 40.0  # mm, standard deviation of the window
 STRONGEST = 4.0  # factor of a bias field, either way
 SUSPECT = (2.5, 3.5)  # spreads of the healthy, from which on a voxel may be a lesion's, and from which on it is
@@ -56,6 +57,20 @@ def seen_by(prior: Prior, volume: Volume) -> Seen:
     return Seen(replace(work, array=scale.apply(work.array).clip(*SEEN), modality=preprocessing.modality), scale)
 
 
+def placed(scan: Volume, atlas: Volume, inside: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """(4, 4) as of ``register(scan, atlas)``, by what lies up to OUTLINE mm from ``inside``, the part that is scored.
+
+    Whole heads end anywhere below the brain. (Correlation with the atlas inside, 12 heads: 0.852 by all, 0.88 so, also
+    where the neck is cut off. By 16 mm the scalp of a synthetic head was pulled into the brain; by 24 its brain was
+    squeezed.)
+
+    Raises
+    ------
+    MedfusionError : as ``register``.
+    """
+    return register(scan, atlas, ndimage.distance_transform_edt(~inside, sampling=atlas.spacing) <= OUTLINE)
+
+
 @dataclass(frozen=True, eq=False)
 class Healthy:
     """The mean of healthy scans, and on its grid (i, j, k) their spread, and where scans are to be scored."""
@@ -70,7 +85,7 @@ def bias_field(scan: Volume, matrix: NDArray[np.float64], healthy: Healthy) -> N
 
     The factor by which the atlas comes nearest to the scan, both counted from air, in a Gaussian window: the sum of
     their products over that of the atlas's squares, inside and as far as the scan is not beyond the healthy, so
-    that no lesion counts; twice, as that depends on it. ``matrix`` as of ``register(scan, atlas)``.
+    that no lesion counts; twice, as that depends on it. ``matrix`` as of ``placed``.
     """
     atlas = healthy.atlas
     coarse, there = resampled(scan, float(atlas.spacing.min())), carried(atlas, matrix)
@@ -122,7 +137,7 @@ def in_box(volume: Volume, box: tuple[slice, ...]) -> Volume:
 def on_scan(
     values: NDArray[np.generic], atlas: Volume, matrix: NDArray[np.float64], scan: Volume
 ) -> NDArray[np.float32]:
-    """A map on the grid of ``atlas``, at the voxels of a scan; ``matrix`` as of ``register(scan, atlas)``."""
+    """A map on the grid of ``atlas``, at the voxels of a scan; ``matrix`` as of ``placed``."""
     return onto_grid(carried(atlas.with_array(values), matrix), scan)
 
 
@@ -136,7 +151,7 @@ class Here:
 
 
 def healthy_at(scan: Volume, matrix: NDArray[np.float64], healthy: Healthy) -> Here:
-    """What the healthy are at the voxels of a scan; ``matrix`` as of ``register(scan, atlas)``.
+    """What the healthy are at the voxels of a scan; ``matrix`` as of ``placed``.
 
     Raises
     ------

@@ -185,6 +185,13 @@ def test_a_mask_says_what_is_scored() -> None:
     assert right.mean() < 0.1
 
 
+def test_masks_without_a_place_in_common_are_refused() -> None:
+    quarters = np.arange(4) == np.arange(SIZE)[:, None] * 4 // SIZE
+    parts = [np.broadcast_to(quarters[:, seed % 4, None, None], (SIZE,) * 3) for seed in range(12)]
+    with pytest.raises(MedfusionError, match="no place in common"):
+        gather(((healthy(seed), parts[seed]) for seed in range(12)), random_prior(), stripped=False, progress=silent)
+
+
 def test_too_few_scans_are_refused() -> None:
     with pytest.raises(MedfusionError, match=r"9 healthy scan\(s\) are too few"):
         cohort(random_prior(), 9)
