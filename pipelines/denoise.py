@@ -15,7 +15,8 @@ and five studies of their own:
   template    the MNI152 template of nilearn (`pip install nilearn`), the mean of 152 heads twenty times each: clean
   coverage    `ixi_t1_2mm/dev`: how many voxels of the truth lie in the 90 % interval of posterior samples
   adapt       the first scan of oasis-2mm, contrasts and ct: what ten minutes of `--adapt` on it are worth
-  large       a CT of 512 x 512 x 600 made of `ct/abdomen_3mm` with 25 HU of noise: minutes and memory of the command
+  large       a CT of 512 x 512 x 600 made of `ct/abdomen_3mm` with 25 HU of noise: minutes and memory of the command;
+              run it alone, because the memory is the most that any command of this process had
 
 Noise (`--noise`): g5 is Gaussian of 5 % added to the whole volume, r5 Rician, d25 that of CT with 25 % of the photons
 (Poisson in the projections). PSNR (data range 1) and SSIM are means over the brain (labels, a mask, where it is not

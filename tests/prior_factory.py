@@ -102,6 +102,18 @@ def head(
     return (image + noise * np.random.default_rng(seed).normal(size=image.shape)).astype(np.float32)
 
 
+def with_neck(bend: float) -> tuple[NDArray[np.float32], NDArray[np.float64], NDArray[np.bool_]]:
+    """A head on a neck that leans by ``bend`` mm a mm, its affine, and where the head is."""
+    affine = grid((52, 50, 46), (2.0, 2.0, 2.2), "LAS")
+    affine[2, 3] -= 34 * 2.2
+    shape = (52, 50, 80)
+    ball = head(affine, shape)
+    x, y, z = np.moveaxis(nibabel.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1)) - CENTRE, -1, 0)
+    neck = (ball == 0) & (z < 0) & (np.hypot(x - bend * np.maximum(-RADIUS - z, 0), y) < 24)
+    array = np.where(neck, 900 + 100 * np.sin(z / 5 + y / 4), ball).astype(np.float32)
+    return array, affine, np.sqrt(x**2 + y**2 + z**2) < RADIUS + 10
+
+
 def write_head(path: Path, *, noise: float = 30.0, seed: int = 0, size: int = 40) -> Path:
     """A noisy head at 2 mm as a NIfTI file of int16."""
     affine = grid((size,) * 3)

@@ -33,8 +33,9 @@ def register(moving: Volume, fixed: Volume, within: NDArray[np.bool_] | None = N
     """
     import SimpleITK as sitk
 
-    grid = resampled(canonical(fixed), SPACING)
-    target, source = _image(grid), _image(resampled(canonical(moving), SPACING))
+    grid, other = (resampled(canonical(volume), SPACING) for volume in (fixed, moving))
+    target, source = _image(grid), _image(other)
+    masses = [_image(volume.with_array(volume.array - volume.array.min())) for volume in (grid, other)]  # air weighs 0
     counts = None
     if within is not None:
         counts = _image(grid.with_array(nearest(fixed.with_array(within.astype(np.uint8)), grid))) > 0.5
@@ -42,7 +43,7 @@ def register(moving: Volume, fixed: Volume, within: NDArray[np.bool_] | None = N
     sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)  # several add up in any order, and bits differ
     try:
         centred = sitk.CenteredTransformInitializer(
-            target, source, sitk.Euler3DTransform(), sitk.CenteredTransformInitializerFilter.MOMENTS
+            *masses, sitk.Euler3DTransform(), sitk.CenteredTransformInitializerFilter.MOMENTS
         )
         rigid = sitk.Euler3DTransform(_descend(target, source, centred, counts))
         start = sitk.AffineTransform(3)

@@ -25,6 +25,7 @@ from medfusion.tasks.place import (
     FEATURES,
     Healthy,
     Seen,
+    ending,
     features,
     healthy_at,
     in_box,
@@ -87,13 +88,17 @@ def gather(
 
     Raises
     ------
-    MedfusionError : fewer scans than FEWEST, or one that the prior cannot see or that cannot be registered.
+    MedfusionError : fewer scans than FEWEST, one that the prior cannot see or that cannot be registered, an empty part.
     """
     seen, parts = [], []
     for volume, part in scans:
         seen.append(seen_by(prior, volume))
         work = seen[-1].volume
         parts.append(head_in(work.array) if part is None else onto_grid(volume.with_array(part), work) > 0.5)
+        if not parts[-1].any():
+            raise MedfusionError(
+                f"{volume.name}: nothing of it is of interest", fix="look at its mask, or leave it out"
+            )
     if len(seen) < FEWEST:
         raise MedfusionError(f"{len(seen)} healthy scan(s) are too few for a reference", fewest=FEWEST)
     middle = int(np.argsort([part.sum() for part in parts])[len(parts) // 2])
@@ -125,7 +130,7 @@ def in_common(
     MedfusionError : nowhere.
     """
     shares = [
-        onto_grid(each.volume.with_array(part), carried(atlas, matrix))
+        onto_grid(ending(each.volume.with_array(part)), carried(atlas, matrix))
         for each, part, matrix in zip(scans, parts, matrices, strict=True)
     ]
     inside = np.mean(shares, axis=0) > HALF

@@ -18,7 +18,7 @@ from medfusion.tasks.checks import check_scan
 from medfusion.volume import Volume
 
 MARGIN = 8  # voxels around the part that is scored: what the prior is shown beyond it
-OUTLINE = 20.0  # mm around the part that is scored, by which a scan is placed: the scalp is in it, the neck is not
+OUTLINE = 20.0  # mm around the part that is scored, by which a scan is placed: around a brain the scalp, not the neck
 BIAS_WIDTH = 40.0  # mm, standard deviation of the window
 STRONGEST = 4.0  # factor of a bias field, either way
 SUSPECT = (2.5, 3.5)  # spreads of the healthy, from which on a voxel may be a lesion's, and from which on it is
@@ -141,6 +141,13 @@ def on_scan(
     return onto_grid(carried(atlas.with_array(values), matrix), scan)
 
 
+def ending(part: Volume) -> Volume:
+    """A mask, 0 or 1, with a voxel of 0 around it: so it ends where its field of view does."""
+    affine = part.affine.copy()
+    affine[:3, 3] = part.to_world((-1, -1, -1))
+    return replace(part, array=np.pad(part.array, 1).astype(np.float32), affine=affine)
+
+
 @dataclass(frozen=True, eq=False)
 class Here:
     """What the healthy are at each voxel (d, h, w) of one scan: their mean, their spread; where it is to be scored."""
@@ -157,11 +164,8 @@ def healthy_at(scan: Volume, matrix: NDArray[np.float64], healthy: Healthy) -> H
     ------
     MedfusionError : nothing of the part that is scored is in the scan's field of view.
     """
-    atlas = healthy.atlas
-    part = np.pad(healthy.inside, 1).astype(np.float32)  # which ends where the field of view of the atlas does
-    affine = atlas.affine.copy()
-    affine[:3, 3] = atlas.to_world((-1, -1, -1))
-    scored = on_scan(part, Volume(part, affine), matrix, scan) > 0.5
+    atlas, part = healthy.atlas, ending(healthy.atlas.with_array(healthy.inside))
+    scored = on_scan(part.array, part, matrix, scan) > 0.5
     if not scored.any():
         raise MedfusionError(f"{scan.name}: nothing of what the healthy reference knows is in the field of view")
     return Here(on_scan(atlas.array, atlas, matrix, scan), on_scan(healthy.spread, atlas, matrix, scan), scored)

@@ -1,9 +1,8 @@
 """Registration: a known affine map between two grids of one phantom is found again."""
 
-import nibabel
 import numpy as np
 import pytest
-from prior_factory import CENTRE, RADIUS, grid, head
+from prior_factory import CENTRE, grid, head, with_neck
 from scipy.spatial.transform import Rotation
 
 from medfusion.data.registration import carried, register
@@ -22,18 +21,6 @@ def egg() -> Volume:
     affine = grid(shape, (2.0, 2.0, 2.2), "LAS", (4, 0, -7))
     ball = Volume(head(affine, shape, lesion=(CENTRE + 12, 9.0, 300.0)), affine, "fixed")
     return Volume(ball.array, around_centre(np.diag([0.9, 1.4, 1.1]), np.zeros(3)) @ affine, "fixed")
-
-
-def with_neck(bend: float) -> tuple[Volume, np.ndarray]:
-    """A head on a neck that leans by ``bend`` mm a mm, and where the head is."""
-    affine = grid((52, 50, 46), (2.0, 2.0, 2.2), "LAS")
-    affine[2, 3] -= 34 * 2.2
-    shape = (52, 50, 80)
-    ball = head(affine, shape)
-    x, y, z = np.moveaxis(nibabel.affines.apply_affine(affine, np.moveaxis(np.indices(shape), 0, -1)) - CENTRE, -1, 0)
-    neck = (ball == 0) & (z < 0) & (np.hypot(x - bend * np.maximum(-RADIUS - z, 0), y) < 24)
-    array = np.where(neck, 900 + 100 * np.sin(z / 5 + y / 4), ball).astype(np.float32)
-    return Volume(array, affine, "fixed"), np.sqrt(x**2 + y**2 + z**2) < RADIUS + 10
 
 
 def around_centre(linear: np.ndarray, shift: np.ndarray) -> np.ndarray:
@@ -61,15 +48,27 @@ def test_a_known_map_is_found_to_half_a_voxel(angles: tuple, stretch: tuple, shi
 
 
 def test_what_lies_beyond_the_part_of_interest_does_not_count() -> None:
-    fixed, part = with_neck(0.0)
+    (straight, affine, part), (bent, *_) = with_neck(0.0), with_neck(0.3)
+    fixed = Volume(straight, affine, "fixed")
     truth = around_centre(Rotation.from_euler("xyz", (8, 5, -6), degrees=True).as_matrix() * 1.02, np.array([5, -8, 6]))
-    moving = moved(with_neck(0.3)[0], truth)
+    moving = moved(fixed.with_array(bent), truth)
     points = np.append(CENTRE + np.random.default_rng(0).normal(0, 15, (200, 3)), np.ones((200, 1)), axis=1)
     by_all, by_part = (
         np.linalg.norm((points @ (register(moving, fixed, w) - truth).T)[:, :3], axis=1).mean() for w in (None, part)
     )
     assert by_part < 1.0
     assert by_all > 3 * by_part
+
+
+def test_air_that_is_below_zero_has_no_weight() -> None:
+    """As in a prior's units: however much of it is on one side."""
+    fixed = egg()
+    fixed = fixed.with_array(fixed.array / 500 - 1)
+    truth = around_centre(Rotation.from_euler("xyz", (5, -4, 8), degrees=True).as_matrix(), np.array([6, -9, 4]))
+    beside = Volume(np.pad(fixed.array, ((0, 90), (0, 0), (0, 0)), constant_values=-1), truth @ fixed.affine, "moved")
+    found = register(beside, fixed)
+    points = np.append(CENTRE + np.random.default_rng(0).normal(0, 15, (200, 3)), np.ones((200, 1)), axis=1)
+    assert np.linalg.norm((points @ (found - truth).T)[:, :3], axis=1).mean() < 1.0
 
 
 def test_it_does_not_depend_on_brightness_or_chance() -> None:

@@ -192,6 +192,12 @@ def test_masks_without_a_place_in_common_are_refused() -> None:
         gather(((healthy(seed), parts[seed]) for seed in range(12)), random_prior(), stripped=False, progress=silent)
 
 
+def test_an_empty_mask_is_named() -> None:
+    parts = [np.full((SIZE,) * 3, seed != 3) for seed in range(10)]
+    with pytest.raises(MedfusionError, match="head-3: nothing of it is of interest"):
+        gather(((healthy(seed), parts[seed]) for seed in range(10)), random_prior(), stripped=False, progress=silent)
+
+
 def test_too_few_scans_are_refused() -> None:
     with pytest.raises(MedfusionError, match=r"9 healthy scan\(s\) are too few"):
         cohort(random_prior(), 9)

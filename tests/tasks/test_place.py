@@ -4,11 +4,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from prior_factory import grid, head, random_prior
+from prior_factory import CENTRE, grid, head, random_prior, with_neck
 from scipy import ndimage
 
 from medfusion.tasks.calibrate import head_in
-from medfusion.tasks.place import Healthy, Seen, bias_field, seen_by, without_bias
+from medfusion.tasks.place import Healthy, Seen, bias_field, ending, placed, seen_by, without_bias
 from medfusion.volume import Volume
 
 SIZE = (40,) * 3
@@ -85,3 +85,19 @@ def test_the_way_back_to_the_units_of_the_scan() -> None:
     even = Seen(uneven.volume.with_array((uneven.volume.array + 1) / bias - 1), uneven.scale, bias)
     within = np.abs(uneven.volume.array) < 1.5  # the rest may be clipped
     np.testing.assert_allclose(even.in_scan_units(even.volume.array, scan)[within], clean[within], rtol=1e-4, atol=1e-2)
+
+
+def test_a_head_is_placed_whatever_its_neck_does() -> None:
+    (straight, affine, around), (bent, *_) = with_neck(0.0), with_neck(0.3)
+    inside = ndimage.binary_erosion(around, iterations=7)  # some 16 mm
+    matrix = placed(Volume(bent, affine, "bent"), Volume(straight, affine, "atlas"), inside)
+    points = np.append(CENTRE + np.random.default_rng(0).normal(0, 15, (200, 3)), np.ones((200, 1)), axis=1)
+    assert np.linalg.norm((points @ (matrix - np.eye(4)).T)[:, :3], axis=1).mean() < 1.0
+
+
+def test_a_part_ends_where_its_field_of_view_does() -> None:
+    part = Volume(np.ones((4, 5, 6), bool), AFFINE, "part")
+    padded = ending(part)
+    assert padded.shape == (6, 7, 8)
+    assert padded.array.sum() == part.array.sum()
+    np.testing.assert_allclose(padded.to_world((1, 1, 1)), part.to_world((0, 0, 0)))
