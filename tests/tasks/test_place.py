@@ -1,4 +1,4 @@
-"""Where a scan lies among the healthy: bias fields that are known, with and without a lesion."""
+"""A scan among the healthy: bias fields that are known, with and without a lesion; where it lies."""
 
 from dataclasses import replace
 
