@@ -83,7 +83,7 @@ def detect_section() -> Section:
         [
             f"Dice of the mask with the planted lesions: {overlap:.3f}; {len(findings)} finding(s). "
             "detected/head_lesions_review.html is the page to review them on. The sample head is made by a procedure, "
-            "evenly lit and smoother than scans: it is flagged as unlike the healthy, and much of it stands out.",
+            "its skull drawn: it is flagged as unlike the healthy, and much of it stands out.",
             Table(
                 ("Planted lesion", "Volume, ml", "Peak of the heatmap, SD", "Found"), lesion_rows(anomaly, mask, truth)
             ),
