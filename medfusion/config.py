@@ -91,6 +91,8 @@ class DataConfig(Strict):
     images: str = "*"  # file-name pattern of the NIfTI files; DICOM series are always taken
     masks: str = ""  # brain masks (>0): each scan is used skull-stripped too
     labels: str = ""  # label maps: shown to the network where network.labels is set, and painted (below)
+    unlabelled: bool = False  # scans without a label map are learnt from too; else each is an error
+    labelled_share: float = Field(0.5, gt=0, lt=1)  # of the crops, where only some of the scans have a label map
     classes: str = ""  # a CSV file in the data folder with the columns case and class
     stripped_share: float = Field(0.3, ge=0, le=1)  # of the crops, when masks are given
     located_share: float = Field(0.7, ge=0, le=1)  # of the crops that know their position, if the network is located
@@ -98,7 +100,7 @@ class DataConfig(Strict):
     zoomed_share: float = Field(0.25, ge=0, le=1)  # of the crops without position: enlarged up to twice
     remapped_share: float = Field(0.0, ge=0, le=1)  # of the crops that get another contrast by a random curve
     painted_share: float = Field(0.0, ge=0, le=1)  # of the crops that get another contrast region by region
-    flips: Literal["x", "xyz"] = "x"  # x: left and right alone
+    flips: Literal["", "x", "xyz"] = "x"  # x: left and right alone; none where labels tell left from right
     validation: int = Field(8, ge=1)  # scans held out, chosen by the seed
     crop: int = Field(64, ge=16, multiple_of=16)  # edge of a training cube in voxels
 
@@ -106,6 +108,8 @@ class DataConfig(Strict):
     def _shares_of_contrasts(self) -> DataConfig:
         if self.painted_share and not self.labels:
             raise ValueError("painted_share needs labels")
+        if self.unlabelled and not self.labels:
+            raise ValueError("unlabelled scans join labelled ones: it needs labels")
         if self.painted_share + self.remapped_share > 1:
             raise ValueError("painted_share and remapped_share are together above 1")
         return self

@@ -142,11 +142,10 @@ class Crops:
     """The endless training set of a list of cases: ``crops.draw(n)`` is crop number n."""
 
     def __init__(self, cases: Sequence[Case], config: DataConfig, seed: int) -> None:
-        if len({case.labels is None for case in cases}) > 1:
-            raise ValueError("some cases have a label map and some have none")
         self.config, self.seed = config, seed
         kinds = {kind: [c for c in cases if c.kind == kind] for kind in (WHOLE_HEAD, STRIPPED)}
-        self.whole, self.stripped = kinds[WHOLE_HEAD] or list(cases), kinds[STRIPPED]
+        self.whole, self.stripped = (_by_labels(pool) for pool in (kinds[WHOLE_HEAD] or cases, kinds[STRIPPED]))
+        self.mapped = any(case.labels is not None for case in cases)
 
     def generator(self, number: int) -> np.random.Generator:
         """All that is random about crop ``number``, its noise included (``medfusion.training.batches``)."""
@@ -154,7 +153,12 @@ class Crops:
 
     def case(self, rng: np.random.Generator) -> Case:
         """The scan from which the generator's next draws cut a crop."""
-        pool = self.stripped if self.stripped and rng.random() < self.config.stripped_share else self.whole
+        kind = self.stripped if any(self.stripped) and rng.random() < self.config.stripped_share else self.whole
+        labelled, unlabelled = kind
+        if labelled and unlabelled:
+            pool = labelled if rng.random() < self.config.labelled_share else unlabelled
+        else:
+            pool = labelled or unlabelled
         return pool[int(rng.integers(len(pool)))]
 
     def draw(self, number: int, *, located: bool) -> tuple[Crop, np.random.Generator]:
@@ -163,7 +167,15 @@ class Crops:
         ``located`` : whether the network can be told positions.
         """
         rng = self.generator(number)
-        return _draw_crop(self.case(rng), self.config, rng, located), rng
+        crop = _draw_crop(self.case(rng), self.config, rng, located)
+        if crop.labels is None and self.mapped:
+            crop = crop._replace(labels=torch.full_like(crop.image[0], UNKNOWN, dtype=torch.long))
+        return crop, rng
+
+
+def _by_labels(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
+    """Those with a label map, and those without."""
+    return [c for c in cases if c.labels is not None], [c for c in cases if c.labels is None]
 
 
 def _draw_crop(case: Case, config: DataConfig, rng: np.random.Generator, located: bool) -> Crop:
@@ -248,7 +260,12 @@ def validation_crops(cases: Sequence[Case], config: DataConfig, seed: int) -> li
 
 
 def split(cases: Sequence[Case], held_out: int, seed: int) -> tuple[list[Case], list[Case]]:
-    """Training and validation cases; a scan and its skull-stripped twin (same name) stay on the same side."""
+    """Training and validation cases; a scan and its skull-stripped twin (same name) stay on the same side.
+
+    Where enough scans have no label map, the held-out ones are of those: label maps are dear.
+    """
     names = sorted({case.name for case in cases})
+    unlabelled = sorted({case.name for case in cases if case.labels is None})
+    names = unlabelled if held_out <= len(unlabelled) < len(names) else names
     chosen = set(np.random.default_rng(seed).permutation(names)[:held_out])
     return [c for c in cases if c.name not in chosen], [c for c in cases if c.name in chosen]

@@ -101,6 +101,8 @@ class Audit:
         edges = np.array([scan.spacing for scan in scans])
         fits = bool(np.all(abs(target / edges - 1) < SPACING_TOLERANCE))
         values = sorted({value for scan in scans for value in scan.labels})
+        unlabelled = sum(not scan.labels for scan in scans)
+        without = f"; {unlabelled} scan(s) without a label map" if unlabelled else ""
         rows = {
             "scans": f"{len(scans) - len(self.copies)}"
             + (", each whole and skull-stripped" if self.config.data.masks else ""),
@@ -116,7 +118,7 @@ class Audit:
             "modality": _counts(scan.modality or "not stated" for scan in scans),
             "1st percentile": _range([scan.low for scan in scans]),
             "99th percentile": _range([scan.high for scan in scans]),
-            "label values": f"{len(values)}, from {values[0]} to {values[-1]}" if values else "",
+            "label values": f"{len(values)}, from {values[0]} to {values[-1]}{without}" if values else "",
             "class": _counts(self.classes.values()),
         }
         return {name: value for name, value in rows.items() if value}

@@ -14,7 +14,7 @@ from typing import Any
 from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 
-from medfusion.config import Config
+from medfusion.config import Config, DataConfig
 from medfusion.data.cache import cache_file, load_case, save_case
 from medfusion.data.crops import STRIPPED, UNKNOWN, WHOLE_HEAD, Case, prepare, stripped
 from medfusion.errors import MedfusionError
@@ -65,6 +65,8 @@ def load_cases(
             + (", or train without masks: --set data.masks=''" if config.data.masks else ""),
             **{f"problem_{number}": problems[name] for number, name in enumerate(sorted(problems), start=1)},
         )
+    if config.data.labels and not any(scan.labels for scan in scans):
+        raise MedfusionError(f"{folder}: no scan has a label map", labels=config.data.labels, fix="check data.labels")
     audit = Audit(scans, config, {name: config.network.classes[index] for name, index in classes.items()}, excluded)
     cases = [case for kinds, scan in loaded for case in kinds if scan.name not in audit.copies]
     return [replace(case, class_index=classes.get(case.name, UNKNOWN)) for case in cases], audit
@@ -101,12 +103,22 @@ def _source(series: Series, config: Config, cache: Path) -> _Source:
     if series.modality and series.modality != preprocessing.modality:
         raise MedfusionError(f"{series.name}: is {series.modality}, the config is for {preprocessing.modality}")
     mask = companion(series, data.images, data.masks, "mask") if data.masks else None
-    labels = companion(series, data.images, data.labels, "labels") if data.labels else None
+    labels = _labels(series, data) if data.labels else None
     files = {"scan": series.files, "labels": [labels] if labels else []}
     cached = {WHOLE_HEAD: cache_file(cache, series.name, WHOLE_HEAD, preprocessing, files)}
     if mask:
         cached[STRIPPED] = cache_file(cache, series.name, STRIPPED, preprocessing, files | {"mask": [mask]})
     return _Source(series, mask, labels, cached)
+
+
+def _labels(series: Series, data: DataConfig) -> Path | None:
+    """The label map; None where there is none and that is allowed, and of DICOM series, which have no file beside."""
+    try:
+        return companion(series, data.images, data.labels, "labels")
+    except MedfusionError:
+        if data.unlabelled:
+            return None
+        raise
 
 
 def _line(error: MedfusionError) -> str:

@@ -112,10 +112,22 @@ def test_labels_and_class_are_withheld_together_at_their_share():
     assert bool((withheld.labels == UNKNOWN).all())
 
 
-def test_some_scans_with_and_some_without_labels_are_refused():
+def test_scans_without_labels_join_at_their_share_as_if_labels_were_withheld():
     labelled = Case("a", torch.zeros(40, 40, 40), np.zeros(3), 2.0, WHOLE_HEAD, torch.ones(40, 40, 40).byte())
-    with pytest.raises(ValueError, match="some cases have a label map"):
-        Crops([labelled, _case("b")], DataConfig(crop=32), seed=0)
+    config = DataConfig(crop=32, labels="x", unlabelled=True, labelled_share=0.7, withheld_share=0)
+    crops = Crops([labelled, *(_case("b" * n) for n in range(1, 9))], config, seed=0)
+    drawn = [crops.draw(n, located=False)[0].labels for n in range(300)]
+    assert {tuple(labels.unique().tolist()) for labels in drawn} == {(1,), (UNKNOWN,)}
+    assert all(labels.dtype == torch.int64 for labels in drawn)
+    assert np.mean([bool((labels == 1).all()) for labels in drawn]) == pytest.approx(0.7, abs=0.08)
+
+
+def test_scans_without_labels_are_held_out_before_those_with():
+    labelled = Case("a", torch.zeros(40, 40, 40), np.zeros(3), 2.0, WHOLE_HEAD, torch.ones(40, 40, 40).byte())
+    cases = [labelled, replace(labelled, name="aa"), *(_case("b" * n) for n in range(1, 5))]
+    for seed in range(10):
+        assert all(case.labels is None for case in split(cases, 3, seed)[1])
+    assert {case.name for seed in range(20) for case in split(cases, 5, seed)[1]} == {case.name for case in cases}
 
 
 def test_contrasts_are_changed_at_their_shares(monkeypatch):

@@ -275,6 +275,20 @@ def test_labels_that_the_network_does_not_know(data: Path) -> None:
     assert "b_T1: label values 6, network.labels has 0 to 3" in str(error.value)
 
 
+def test_scans_without_a_label_map_join_where_that_is_allowed(data: Path) -> None:
+    for seed, name in enumerate("abc"):
+        write_head(data / f"{name}_T1.nii.gz", seed=seed)
+    allowed = tiny_config(data=T1 | {"labels": "*_labels.nii.gz", "unlabelled": True})
+    with pytest.raises(MedfusionError, match="no scan has a label map"):
+        load(data, allowed)
+    write_map(data / "b_labels.nii.gz", regions())
+    with pytest.raises(MedfusionError, match="2 of 3 scans"):
+        load(data, LABELLED)
+    cases, audit = load(data, allowed)
+    assert {case.name: case.labels is not None for case in cases} == {"a_T1": False, "b_T1": True, "c_T1": False}
+    assert audit.properties["label values"] == "3, from 0 to 2; 2 scan(s) without a label map"
+
+
 @pytest.mark.parametrize(
     ("images", "masks"),
     [("T1.nii.gz", "*_mask.nii.gz"), ("*_T1.nii.gz", "_mask.nii.gz"), ("*_T?.nii.gz", "*_mask.nii.gz"), ("*_*", "*")],
