@@ -10,6 +10,7 @@ import torch
 from prior_factory import PROVENANCE, conditional_prior, random_prior, saved, tiny_config, white_prior
 from safetensors.torch import save_file
 
+from medfusion.diffusion import classifier_free
 from medfusion.errors import MedfusionError
 from medfusion.prior import Prior, build_network, prior_path, read_metadata, shipped
 
@@ -165,6 +166,21 @@ def test_labels_and_classes_are_told_and_may_be_unknown(shape: tuple[int, int, i
         answer = prior.denoiser(**told)(x, TIME)
         assert answer.shape == x.shape
         assert not torch.allclose(answer, plain, atol=1e-3)
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize("prediction", ["v", "x0", "epsilon", "edm", "score"])
+def test_guidance_in_one_batch_is_that_of_two_denoisers(scale: float, prediction: str) -> None:
+    shown = {"labels": 3, "classes": ("a", "b")}
+    data = {"labels": "*_seg.nii.gz", "classes": "classes.csv"}
+    prior = random_prior(config=tiny_config(network=shown, data=data, process={"prediction": prediction}))
+    x, context = torch.cat([image(16, 16, 16), image(16, 16, 16).flip(2)]), torch.ones(2, 4, 8, 8, 8)
+    labels = torch.randint(0, 3, (2, 16, 16, 16), generator=torch.Generator().manual_seed(0))
+    classes = torch.tensor([1, 0])
+    for told in ({"labels": labels}, {"classes": classes}, {"labels": labels, "classes": classes}):
+        two = classifier_free(prior.denoiser(context, **told), prior.denoiser(context), scale)
+        torch.testing.assert_close(prior.denoiser(context, **told, guidance=scale)(x, TIME), two(x, TIME))
+    torch.testing.assert_close(prior.denoiser(context, guidance=scale)(x, TIME), prior.denoiser(context)(x, TIME))
 
 
 @pytest.mark.parametrize(
