@@ -144,6 +144,17 @@ class TrainingConfig(Strict):
     seed: int = Field(0, ge=0)
 
 
+class SegmenterConfig(Strict):
+    """The segmenter by which synthetic training data are judged (``medfusion.tasks.segmenter``)."""
+
+    channels: tuple[PositiveInt, ...] = Field((16, 32, 64, 128), min_length=2)  # of MONAI's U-Net
+    crop: int = Field(64, ge=16, multiple_of=8)  # edge of what it is shown, in voxels; smaller volumes come whole
+    steps: int = Field(600, ge=1)
+    batch: int = Field(2, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)  # of AdamW, at the peak
+    flips: bool = False  # left and right in the augmentation: not where labels tell them apart
+
+
 class Config(Strict):
     """Everything that ``medfusion train`` needs beside the data folder."""
 
@@ -154,6 +165,7 @@ class Config(Strict):
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
+    label_names: tuple[str, ...] = ()  # of the values that network.labels counts, background first
     licence: str = ""  # of the weights, with the attribution that the data demand
     notes: str = ""  # printed in the model card: intended use and limits
 
@@ -161,6 +173,12 @@ class Config(Strict):
     def _hybrid_learns_the_variance(self) -> Config:
         if self.process.learned_variance != (self.training.objective == "hybrid"):
             raise ValueError("process.learned_variance and the objective hybrid go together")
+        return self
+
+    @model_validator(mode="after")
+    def _every_label_has_a_name(self) -> Config:
+        if self.label_names and len(self.label_names) != self.network.labels:
+            raise ValueError(f"label_names has {len(self.label_names)} names for {self.network.labels} labels")
         return self
 
     @model_validator(mode="after")
