@@ -5,21 +5,29 @@ make demo        (or: python pipelines/demo.py; writes to demo/)
 
 import csv
 import json
+import shutil
 import time
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 from scipy import ndimage
 
+from medfusion.cli.augment import augment_and_report, show_audit
 from medfusion.cli.detect import detect_scans
 from medfusion.cli.inspect import inspect
 from medfusion.cli.show import show_run
 from medfusion.data.grid import canonical, from_canonical
 from medfusion.io import discover, read
+from medfusion.io.companions import read_labels
+from medfusion.io.training_set import TrainingCase, read_scan, read_training_set
 from medfusion.metrics import dice, psnr
 from medfusion.report import Figure, Section, Table, comparison_figure, run_section, slice_figure, write_report
-from medfusion.tasks.augment import augment
+from medfusion.report.augment import audit_rows
+from medfusion.report.figures import pairs_figure
+from medfusion.tasks.audit_synthetic import Audit
+from medfusion.tasks.augment import Request
 from medfusion.tasks.denoise import denoise
 from medfusion.tasks.runner import Run
 from medfusion.volume import Volume
@@ -110,13 +118,27 @@ def lesion_rows(anomaly: Volume, mask: Volume, truth: Volume) -> list[tuple[obje
     return rows
 
 
-def augment_section() -> Section:
-    """The new volumes beside their parent."""
-    real = load(SAMPLES / "head_clean.nii.gz")
-    new = {f"synthetic {k}": load(path) for k, path in enumerate(sorted((OUT / "augmented/imagesTr").glob("*")), 1)}
-    text = "New volumes as an nnU-Net raw dataset; provenance.json names the parent and marks every case as synthetic."
-    caption = "The sample head and the volumes that were made from it."
-    return Section("Augment", [text, keep("augment", comparison_figure({"sample head": real, **new}), caption)])
+def augment_section(audit: Audit) -> Section:
+    """The new pairs beside real ones, and the audit."""
+    real, kept = read_training_set(SAMPLES / "hippocampi").labelled, read_training_set(OUT / "augmented").labelled
+    made = [case for case in kept if case.name in audit.cases]
+    pairs = [(f"{kind} {k}", case) for kind, cases in (("sample", real), ("new", made)) for k, case in shown(cases)]
+    scans = [(title, read_scan(case)) for title, case in pairs]
+    labels = [read_labels(case.labels, scan).array for (_, case), (_, scan) in zip(pairs, scans, strict=True)]
+    picture = pairs_figure([(title, scan, map_) for (title, scan), map_ in zip(scans, labels, strict=True)])
+    text = (
+        f"{len(audit.cases)} new pairs for a training set of {len(real)}, {len(audit.dropped)} of them dropped by the "
+        "audit; augmented/report.html has it all. The sample scans are drawn by the same prior for label maps made of "
+        "a few numbers (sample_data/README.md), so this shows the command, and not what it is worth on real scans."
+    )
+    caption = "Pairs of the sample set and new ones, and below each its label map."
+    table = Table(("Measure", "Synthetic", "Sample"), audit_rows(audit))
+    return Section("Augment", [text, keep("augment", picture, caption), table])
+
+
+def shown(cases: Sequence[TrainingCase]) -> Iterable[tuple[int, TrainingCase]]:
+    """The first six, numbered."""
+    return enumerate(cases[:6], 1)
 
 
 def keep(name: str, png: bytes, caption: str) -> Figure:
@@ -137,7 +159,12 @@ def main() -> None:
     runs["detected"] = detect_scans(
         SAMPLES / "lesions", OUT / "detected", prior="brain-t1", method="default", overwrite=True, resume=False
     )
-    runs["augmented"] = augment(SAMPLES / "head_clean.nii.gz", OUT / "augmented", number=2, overwrite=True)
+    shutil.rmtree(OUT / "augmented", ignore_errors=True)  # cases of an earlier demo would stay in the dataset
+    request = Request(8)
+    runs["augmented"], audit = augment_and_report(
+        SAMPLES / "hippocampi", OUT / "augmented", request, prior="hippocampus", audit_steps=300
+    )
+    show_audit(audit)
     failed = sum(show_run(run, OUT / folder) for folder, run in runs.items())
     if failed:
         raise SystemExit(1)
@@ -145,7 +172,7 @@ def main() -> None:
         found_section(),
         denoise_section(runs["denoised"], runs["denoised_dicom"]),
         detect_section(),
-        augment_section(),
+        augment_section(audit),
         *(run_section(asdict(run), f"Run: {run.command} ({folder})") for folder, run in runs.items()),
     ]
     report = OUT / "report.html"

@@ -14,6 +14,9 @@ import pytest
 from nibabel.affines import apply_affine
 from scipy import ndimage
 
+from medfusion.io.training_set import read_training_set
+from medfusion.io.training_set_check import check_training_set
+
 SAMPLE = Path(__file__).parents[1] / "sample_data"
 TRUTH = json.loads((SAMPLE / "truth.json").read_text())
 
@@ -30,7 +33,7 @@ def clean() -> np.ndarray:
 def test_all_images_share_one_oblique_grid(clean: np.ndarray) -> None:
     affine = nibabel.load(SAMPLE / "head_clean.nii.gz").affine
     assert not np.allclose(affine[:3, :3], np.diag(np.diag(affine[:3, :3])))
-    for path in SAMPLE.rglob("*.nii.gz"):
+    for path in SAMPLE.rglob("head_*.nii.gz"):
         image = nibabel.load(path)
         assert image.shape == clean.shape, path
         np.testing.assert_array_equal(image.affine, affine)
@@ -38,8 +41,21 @@ def test_all_images_share_one_oblique_grid(clean: np.ndarray) -> None:
 
 
 def test_small_enough_to_ship_and_carries_its_notice() -> None:
-    assert sum(p.stat().st_size for p in SAMPLE.rglob("*") if p.is_file()) < 6e6
+    assert sum(p.stat().st_size for p in SAMPLE.rglob("*") if p.is_file() and p.suffix != ".pyc") < 7e6
     assert "Copyright (C) 1993-2004 Louis Collins" in (SAMPLE / "NOTICE.txt").read_text()
+
+
+def test_the_hippocampi_are_a_training_set_of_the_scripts_maps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(SAMPLE))
+    from make_hippocampi import NUMBER, SEED, label_map
+
+    real = read_training_set(SAMPLE / "hippocampi")
+    check_training_set(real)
+    assert real.label_names == {"background": 0, "anterior": 1, "posterior": 2}
+    assert "CC BY-SA 4.0" in real.about["licence"]
+    assert len(real.labelled) == NUMBER
+    for number, case in enumerate(real.labelled):
+        np.testing.assert_array_equal(load(case.labels), label_map(np.random.default_rng((SEED, number))))
 
 
 @pytest.mark.parametrize("name", ["noisy", "lesions"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from rich.table import Table
 from medfusion.cli.show import show_run
 
 if TYPE_CHECKING:
+    from medfusion.tasks.evaluate_augment import Comparison
     from medfusion.tasks.measure_detection import Estimate, Summary
 
 
@@ -25,6 +27,39 @@ def evaluate_detection_command(input: Path, output: Path, **options: Any) -> int
     if summary is not None:
         show_summary(summary)
     return code
+
+
+def evaluate_augmentation_command(
+    real: Path, synthetic: Path, output: Path, *, test: Path, steps: int, crop: int, **options: Any
+) -> int:
+    """Compare the segmenter's training sets and print the table; returns the exit code."""
+    from medfusion.config import SegmenterConfig
+    from medfusion.errors import MedfusionError
+    from medfusion.tasks.evaluate_augment import evaluate_augmentation
+
+    if crop % 8:
+        raise MedfusionError(f"--crop {crop}: a multiple of 8 is needed")
+    config = SegmenterConfig(steps=steps, crop=crop)
+    console = Console(stderr=True)
+    comparison = evaluate_augmentation(
+        real, synthetic, test, output, config=config, say=partial(console.print, highlight=False), **options
+    )
+    show_comparison(comparison)
+    return 0
+
+
+def show_comparison(comparison: Comparison, console: Console | None = None) -> None:
+    """Print Dice in % by the number of real cases, intervals below values."""
+    from medfusion.tasks.evaluate_augment import ARMS
+
+    title = f"Dice in %, {len(comparison.test)} test cases of {len(set(comparison.patients))} patients"
+    table = Table(title=title, title_justify="left")
+    for column in ("real cases", *ARMS, "both \N{MINUS SIGN} real"):
+        table.add_column(column, justify="right")
+    for size in comparison.sizes:
+        cells = [*(comparison.dice(size, arm) for arm in ARMS), comparison.gain(size)]
+        table.add_row(str(size), *(_cell(cell, 100, 2) for cell in cells))
+    (console or Console()).print(table)
 
 
 def show_summary(summary: Summary, title: str = "Detection", console: Console | None = None) -> None:
@@ -72,9 +107,9 @@ def _show(console: Console, title: str, columns: list[str], rows: dict[str, list
     console.print(table)
 
 
-def _cell(estimate: Estimate, unit: float) -> str:
+def _cell(estimate: tuple[float, float, float], unit: float, digits: int = 3) -> str:
     """The value, and its interval on a second line."""
-    if math.isnan(estimate.value):
+    if math.isnan(estimate[0]):
         return ""
-    value, low, high = (f"{unit * part:.3f}" for part in estimate)
-    return value if math.isnan(estimate.low) else f"{value}\n{low}\N{EN DASH}{high}"
+    value, low, high = (f"{unit * part:.{digits}f}" for part in estimate)
+    return value if math.isnan(estimate[1]) else f"{value}\n{low}\N{EN DASH}{high}"

@@ -270,42 +270,101 @@ def evaluate_detect_command(
     raise typer.Exit(code)
 
 
+@evaluate_app.command("augment")
+def evaluate_augment_command(
+    real: Annotated[Path, typer.Argument(metavar="REAL", help="The real training set.")],
+    synthetic: Annotated[Path, typer.Argument(metavar="SYNTH", help="What `medfusion augment` made of it.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the tables; must lie outside REAL.")],
+    test: Annotated[Path, typer.Option(help="A training set that neither prior nor segmenter saw.")],
+    size: Annotated[
+        list[int] | None, typer.Option(help="Number of real cases to train on; may be repeated. Default: all.")
+    ] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings of each kind and size.")] = 3,
+    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 1500,
+    crop: Annotated[int, typer.Option(min=16, help="Edge of what the segmenter is shown, in voxels.")] = 64,
+    device: Device = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Train one segmenter on real, synthetic and both kinds of cases, and compare its Dice on scans that none saw."""
+    from medfusion.cli.evaluate import evaluate_augmentation_command
+
+    raise typer.Exit(
+        evaluate_augmentation_command(
+            real,
+            synthetic,
+            output,
+            test=test,
+            sizes=size or [],
+            seeds=seeds,
+            steps=steps,
+            crop=crop,
+            device=device,
+            overwrite=overwrite,
+        )
+    )
+
+
 @app.command("augment")
 def augment_command(
-    input: Input,
-    output: Output,
+    input: Annotated[
+        Path,
+        typer.Argument(metavar="REAL", help="A training set: nnU-Net raw, BIDS, or the folders images/ and labels/."),
+    ],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the new dataset; must lie outside REAL.")],
     number: Annotated[int, typer.Option("-n", "--number", help="How many new cases.")],
-    prior: PriorName = "brain-t1",
-    strength: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="How far parents are noised; 1: nothing of them is kept.")
-    ] = 0.2,
-    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each case.")] = 10,
-    stripped: Annotated[bool, typer.Option("--stripped", help="IN is skull-stripped; so are the new cases.")] = False,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="A shipped prior by name, or a prior.safetensors file. Default: one is trained on REAL."),
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="For the training: a YAML file, see configs/. Default: planned from REAL.")
+    ] = None,
+    from_real: Annotated[
+        float | None,
+        typer.Option(metavar="STRENGTH", help="Vary real cases, 0 to 1: labels stay, texture is drawn anew."),
+    ] = None,
+    insert: Annotated[
+        str, typer.Option(metavar="LABEL", help="Put lesions of this label into the cases that have none.")
+    ] = "",
+    class_name: Annotated[str, typer.Option("--class", help="Which of the prior's classes the new cases are of.")] = "",
+    flips: Annotated[
+        bool | None,
+        typer.Option("--flip/--no-flip", help="Mirror new label maps? Default: unless labels tell left from right."),
+    ] = None,
+    guidance: Annotated[float, typer.Option(help="How strongly labels and class are followed; 1: as learnt.")] = 1.5,
+    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each case.")] = 20,
+    stripped: Annotated[bool, typer.Option("--stripped", help="The scans are skull-stripped heads.")] = False,
+    bids: Annotated[bool, typer.Option("--bids", help="Write BIDS and not an nnU-Net raw dataset.")] = False,
+    audit_steps: Annotated[int, typer.Option(min=1, help="Of the two segmenters that judge the new cases.")] = 600,
     seed: Seed = 0,
     device: Device = None,
-    volume: VolumeIndex = None,
     overwrite: Overwrite = False,
     resume: Resume = False,
 ) -> None:
-    """Generate new volumes from those in IN, as an nnU-Net raw dataset."""
-    from medfusion.cli.show import show_run
-    from medfusion.tasks.augment import augment
+    """Make new image-label pairs for a segmentation training set: nnU-Net and MONAI train on real and new ones."""
+    from medfusion.cli.augment import augment_set
 
-    run = augment(
+    code = augment_set(
         input,
         output,
         number=number,
         prior=prior,
-        strength=strength,
+        config=config,
+        from_real=from_real,
+        insert=insert,
+        class_name=class_name,
+        flips=flips,
+        guidance=guidance,
         steps=steps,
         stripped=stripped,
+        bids=bids,
+        audit_steps=audit_steps,
         seed=seed,
         device=device,
-        volume=volume,
         overwrite=overwrite,
         resume=resume,
     )
-    raise typer.Exit(show_run(run, output))
+    raise typer.Exit(code)
 
 
 @app.command("train")

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,25 +42,45 @@ def train_prior(
     overwrite: bool,
     resume: bool,
 ) -> int:
-    """Train, and return the exit code.
+    """Train on a folder of scans, and return the exit code."""
+    from medfusion.config import load_config
+    from medfusion.training import load_cases
+
+    config = load_config(config_path, overrides)
+    load = partial(load_cases, data, config, exclude=exclude)
+    return train_cases(
+        load, config, data, out, cache=cache, device=device, workers=workers, overwrite=overwrite, resume=resume
+    )
+
+
+def train_cases(
+    load: Callable[..., tuple[list[Case], Audit]],
+    config: Config,
+    data: Path,
+    out: Path,
+    *,
+    cache: Path | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> int:
+    """Train on the cases that ``load`` finds in the folder ``data``, and return the exit code.
 
     ``accelerate launch`` starts several processes: the first prints and writes, and each is given its device.
     """
-    from medfusion.config import load_config
     from medfusion.io.output import staged
     from medfusion.tasks.runner import environment, pick_device
-    from medfusion.training import load_cases
 
     began = time.monotonic()
     processes, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     console = Console(stderr=True, quiet=rank > 0)
-    config = load_config(config_path, overrides)
     if device is not None or processes == 1:
         device = pick_device(device)
     cache = out / "cache" if cache is None else cache
     _check_folders(config, data, out, cache, overwrite, resume)
     with _preparing(console) as note:
-        cases, audit = load_cases(data, config, cache=cache, exclude=exclude, progress=note)
+        cases, audit = load(cache=cache, progress=note)
     if rank == 0:
         audit.save(out / "audit.csv")
     _show(console, audit)

@@ -20,6 +20,7 @@ from medfusion.errors import MedfusionError
 from medfusion.io.companions import some
 from medfusion.io.discover import discover, read
 from medfusion.io.nifti import SUFFIXES
+from medfusion.volume import Volume
 
 CHANNEL = "_0000"  # how nnU-Net names the first channel of an image, and the only one that a prior has
 NOT_IN_SCANS = ("desc-", "label-", "res-", "seg-", "space-")  # BIDS entities that a label map has beside its scan's
@@ -110,6 +111,12 @@ def read_training_set(folder: Path) -> TrainingSet:
         **LAYOUTS,
         fix="lay the files out in one of these ways" + (", converted with dcm2niix for example" if only_dicom else ""),
     )
+
+
+def read_scan(case: TrainingCase) -> Volume:
+    """The scan of a case, under the case's name."""
+    [series] = discover(case.image)
+    return replace(read(replace(series, name=case.name)), name=case.name)
 
 
 def raise_any(folder: Path, problems: Sequence[str], fix: str) -> None:

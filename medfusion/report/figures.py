@@ -7,13 +7,14 @@ on different grids show the same anatomy side by side. Display is radiological: 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 from scipy import ndimage
 
+from medfusion.data.grid import canonical
 from medfusion.data.intensity import foreground
 from medfusion.volume import Volume
 
@@ -36,6 +37,7 @@ BAR = 0.9  # inches kept for a colour bar
 TITLE = 0.3  # inches kept for the names of columns
 GAP = 0.06  # inches between panels
 HEAT, OUTLINE = "autumn", "#35e0e0"
+LABEL_COLOURS = ("#35e0e0", "#ffb000", "#7fd34e", "#ff6f91", "#b794f6", "#ffe066", "#4ea8ff")
 COLD_TO_WARM = ("#8fdcff", "#1f77c4", "#000000", "#c4541f", "#ffd58f")  # differences: zero is black, as air is
 
 Box = NDArray[np.float64]  # (3, 2): lowest and highest world millimetre along right, anterior, superior
@@ -145,6 +147,61 @@ def comparison_figure(
     if changes is not None:
         _add_bar(figure, changes, height, "difference")
     return _png(figure)
+
+
+def pairs_figure(pairs: Sequence[tuple[str, Volume, NDArray[np.integer]]], columns: int = 6) -> bytes:
+    """Many scans with their label maps, as PNG: title, the slice, and below it the slice with every label outlined.
+
+    All are cut in the plane that shows most of the labels, each where its own are largest, and have a grey window of
+    their own, from the 1st to the 99.5th percentile: small fields of view hold no air.
+
+    Parameters
+    ----------
+    pairs : title, scan, label map on the scan's grid.
+    """
+    from matplotlib.figure import Figure
+
+    rows = -(-len(pairs) // columns)
+    edge = WIDTH / columns
+    figure = Figure(figsize=(WIDTH, rows * (2 * edge + TITLE)), dpi=DPI, facecolor="black")
+    height = rows * (2 * edge + TITLE)
+    plane = _best_plane(pairs)
+    for number, (title, volume, labels) in enumerate(pairs):
+        row, column = divmod(number, columns)
+        top = height - row * (2 * edge + TITLE)
+        figure.text(
+            (column + 0.5) / columns, (top - TITLE / 2) / height, title, color="white", ha="center", va="center"
+        )
+        box, window = _field_of_view(volume), np.percentile(volume.array, (1, 99.5))
+        position = _largest(volume, labels)
+        pixels = _cut(volume.array, volume, plane, position, box)
+        for line in (0, 1):
+            place = (column * edge + GAP / 2, top - TITLE - (line + 1) * edge + GAP / 2)
+            axes = _add_axes(figure, *place, edge - GAP, edge - GAP)
+            axes.imshow(pixels, cmap="gray", vmin=window[0], vmax=window[1], interpolation="bilinear")
+            for value in np.unique(labels[labels > 0]) if line else ():
+                inside = np.nan_to_num(_cut(labels == value, volume, plane, position, box))
+                if inside.max() > 0.5:
+                    axes.contour(inside, levels=[0.5], colors=[LABEL_COLOURS[int(value) % len(LABEL_COLOURS)]])
+    return _png(figure)
+
+
+def _sections(volume: Volume, labels: NDArray[np.integer]) -> tuple[Volume, list[NDArray[np.intp]]]:
+    """The label map with its axes in the nearest RAS orientation, and its voxels in each slice along each axis."""
+    upright = canonical(volume.with_array(labels))
+    return upright, [np.count_nonzero(upright.array, axis=tuple({0, 1, 2} - {axis})) for axis in range(3)]
+
+
+def _best_plane(pairs: Sequence[tuple[str, Volume, NDArray[np.integer]]]) -> str:
+    """The plane whose largest slices of the maps hold most labelled voxels; axial where there are none."""
+    most = np.sum([[count.max() for count in _sections(*pair[1:])[1]] for pair in pairs], axis=0)
+    return max(PLANES, key=lambda plane: most[PLANES[plane][2]])
+
+
+def _largest(volume: Volume, labels: NDArray[np.integer]) -> NDArray[np.float64]:
+    """World RAS mm of the slices that hold most labelled voxels; the scan's own position where there are none."""
+    upright, counts = _sections(volume, labels)
+    return upright.to_world([count.argmax() for count in counts]) if labels.any() else slice_position(volume)
 
 
 def slice_position(volume: Volume, mask: NDArray[np.generic] | None = None) -> NDArray[np.float64]:

@@ -1,187 +1,289 @@
-"""Augment: new volumes from the prior, as an nnU-Net raw dataset that says of every case that it is synthetic."""
+"""Augment: new image-label pairs for a segmentation training set, as a dataset that nnU-Net and MONAI train on."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from numpy.typing import NDArray
-from scipy import ndimage
 
-from medfusion.data.crops import STRIPPED, WHOLE_HEAD, context_channels
-from medfusion.data.grid import canonical, resampled
-from medfusion.data.intensity import SEEN, centre_of, foreground, measure_scale
+from medfusion.config import Config, SegmenterConfig
+from medfusion.data.crops import UNKNOWN
+from medfusion.data.label_maps import lateral
 from medfusion.data.seeds import case_generator
-from medfusion.diffusion import ddpm, noise_like, time_steps
 from medfusion.errors import MedfusionError
-from medfusion.io import Series, discover, read, staged, write_nifti
-from medfusion.prior import Prior
-from medfusion.tasks.checks import check_scan
-from medfusion.tasks.runner import Job, Run, Settings, require_folder, run_jobs
-from medfusion.volume import Volume
+from medfusion.io import staged, write_nifti
+from medfusion.io.output import check_output
+from medfusion.io.training_set import TrainingCase, TrainingSet, read_training_set
+from medfusion.io.training_set_check import check_training_set
+from medfusion.io.training_set_output import (
+    MANIFEST,
+    case_files,
+    check_synthetic,
+    read_manifest,
+    write_description,
+    write_manifest,
+)
+from medfusion.prior import Prior, prior_path, read_metadata
+from medfusion.tasks.audit_synthetic import FEWEST, Audit, audit_cases
+from medfusion.tasks.draw_case import GUIDANCE, STEPS, draw_case, read_parent
+from medfusion.tasks.plan_cases import Planner, insertions, new_maps, real_maps
+from medfusion.tasks.runner import Job, Run, Settings, pick_device, require_folder, run_jobs
+from medfusion.tasks.segmenter import prepared
 
-SMOOTHNESS, DISPLACEMENT = 16.0, 2.0  # voxels: Gaussian width and root mean square of the random displacements
-LINEAR = 0.03  # standard deviation of each entry of the linear part, beside the identity
-LABELS = {"background": 0, "tissue": 1}  # all that a prior without labels can tell
+FOLDS_SEED = 0  # not that of the cases: more cases shall not make other folds
+DROPPED = "dropped"  # folder of the cases that the audit drops
 
 
-def generate_volume(
-    parent: Volume,
-    prior: Prior,
-    *,
-    name: str,
-    strength: float = 0.2,
-    steps: int = 10,
-    stripped: bool = False,
-    seed: int = 0,
-) -> Volume:
-    """One new volume in the style of the prior, float32.
+@dataclass(frozen=True)
+class Request:
+    """Which new cases are asked for.
 
-    The parent is deformed a little, noised to the process time ``strength`` and rebuilt by ancestral
-    sampling (SDEdit, Meng et al. 2022): its coarse layout stays, what the noise hid is new.
-
-    Parameters
+    Attributes
     ----------
-    parent : a real scan; it lends its field of view and its intensity units too.
-    name : of the new case; with ``seed`` it fixes the sample.
-    strength : in (0, 1]. At 1 nothing of the parent is used but grid, units and the place of its foreground's centre.
-    steps : evaluations of the prior.
-    stripped : whether ``parent`` is skull-stripped, and so shall be the new volume.
-
-    Returns
-    -------
-    A volume on the parent's field of view at the prior's spacing, axes in the nearest RAS orientation.
+    number : of cases; they are named ``synth-SEED-NUMBER``.
+    from_real : in (0, 1]: vary real cases, noised to this process time, instead of drawing new label maps.
+    insert : name of a label: put lesions of it into the cases that have none.
+    class_name : of the prior's classes; "": none is told.
+    flips : whether new maps may be mirrored; None: unless names of labels tell left from right.
+    guidance, steps, stripped : as in ``draw_case``.
+    bids : lay the output out as BIDS and not as an nnU-Net raw dataset.
     """
-    check_scan(parent, prior)
-    grid = resampled(canonical(parent), prior.config.preprocessing.spacing)
-    scale = measure_scale(grid.array, prior.config.preprocessing.percentile, parent.name)
-    image = scale.apply(grid.array).clip(*SEEN)
-    generator = case_generator(seed, name)
-    if strength < 1:
-        image = deformed(image, seed=int(torch.randint(2**31, (1,), generator=generator)))
-    kind = STRIPPED if stripped else WHOLE_HEAD
-    centre = centre_of(foreground(image))
-    context = context_channels(image.shape, (0, 0, 0), centre, prior.config.preprocessing.spacing, kind)[None]
-    x0 = torch.from_numpy(image)[None, None].to(prior.device)
-    x0 = prior.encode(x0)
-    x = noise_like(x0, [generator])
-    times = time_steps(prior.process, steps, start=strength)
-    x = prior.process.add_noise(x0 if strength < 1 else torch.zeros_like(x0), x, strength)
-    x = ddpm(prior.denoiser(context), x, times, generators=[generator])
-    x = prior.decode(x, image.shape)
-    return Volume(scale.invert(x[0, 0].cpu().numpy()), grid.affine, name, parent.modality)
+
+    number: int
+    from_real: float | None = None
+    insert: str = ""
+    class_name: str = ""
+    flips: bool | None = None
+    guidance: float = GUIDANCE
+    steps: int = STEPS
+    stripped: bool = False
+    bids: bool = False
+    seed: int = 0
 
 
-def deformed(image: NDArray[np.float32], *, seed: int) -> NDArray[np.float32]:
-    """Another head of the same layout: sheared, turned and scaled by a few percent, and displaced smoothly."""
-    rng = np.random.default_rng(seed)
-    smooth = np.stack([ndimage.gaussian_filter(rng.standard_normal(image.shape), SMOOTHNESS) for _ in range(3)])
-    smooth *= DISPLACEMENT / smooth.std()
-    centre = (np.array(image.shape) - 1)[:, None, None, None] / 2
-    linear = np.eye(3) + rng.normal(0, LINEAR, (3, 3))
-    where = centre + np.einsum("ij,jabc->iabc", linear, np.indices(image.shape) - centre) + smooth
-    return ndimage.map_coordinates(image, where, order=1, mode="nearest")
+def check_request(input: Path, output: Path, request: Request) -> TrainingSet:
+    """The training set, if it and what is asked for can be used, whatever the prior.
+
+    Raises
+    ------
+    MedfusionError : as ``augment``.
+    """
+    from_real = request.from_real
+    if request.number < 1:
+        raise MedfusionError(f"-n {request.number}: at least one case must be asked for")
+    if from_real is not None and not 0 < from_real <= 1:
+        raise MedfusionError(f"--from-real {from_real}: a process time above 0 and up to 1")
+    if from_real is not None and request.insert:
+        raise MedfusionError("--from-real and --insert are two ways to a new case", fix="choose one of them")
+    require_folder(output)
+    check_output(output, input)
+    if (input / MANIFEST).exists():
+        raise MedfusionError(
+            f"{input}: holds synthetic cases that medfusion made", fix="name the real training set that they came from"
+        )
+    real = read_training_set(input)
+    check_training_set(real)
+    if len(real.labelled) < FEWEST:
+        raise MedfusionError(
+            f"{input}: {len(real.labelled)} labelled case(s), too few to audit what is made from them",
+            enough=f"{FEWEST}: half to train a segmenter on, half to judge it by",
+        )
+    return real
+
+
+def check_prior(prior: str, real: TrainingSet, request: Request) -> Config:
+    """The config of a prior that can generate for a training set.
+
+    Raises
+    ------
+    MedfusionError : the prior was trained without label maps, or not on these labels.
+    """
+    config, _ = read_metadata(prior_path(prior))
+    known = config.network.labels
+    if not known and request.from_real is None:
+        raise MedfusionError(
+            f"{prior}: was trained without label maps and cannot draw an image for one",
+            fix="train one with them, or vary real cases: --from-real 0.3",
+        )
+    if config.autoencoder is not None and request.insert:
+        raise MedfusionError(f"--insert: {prior} works on latents, which cannot be drawn in part", fix="another prior")
+    beyond = {name: value for name, value in real.label_names.items() if value >= known}
+    names = dict(enumerate(config.label_names))
+    other = {name: names[value] for name, value in real.label_names.items() if _differ(names.get(value), name)}
+    if known and (beyond or other):
+        raise MedfusionError(
+            f"{prior}: was not trained on the labels of {real.root}",
+            prior=", ".join(config.label_names) or f"labels 0 to {known - 1}",
+            training_set=", ".join(f"{name} {value}" for name, value in real.label_names.items()),
+            fix="train a prior on this set: leave --prior out",
+        )
+    if request.class_name and request.class_name not in config.network.classes:
+        raise MedfusionError(
+            f"--class {request.class_name}: the prior does not know it",
+            classes=", ".join(config.network.classes) or "none",
+        )
+    return config
+
+
+def _differ(known: str | None, name: str) -> bool:
+    """Whether two names are given and differ; a set without names calls its labels "label 1"."""
+    return known is not None and not name.startswith("label ") and known.casefold() != name.casefold()
+
+
+@dataclass(frozen=True)
+class Made:
+    """The synthetic cases in a folder: their entries in the manifest, and what is needed to audit and describe them."""
+
+    output: Path
+    real: TrainingSet
+    config: Config
+    request: Request
+    cases: tuple[dict[str, Any], ...]
+
+    def files(self, name: str) -> tuple[Path, Path]:
+        """Image and label map of a case."""
+        return case_files(self.output, name, self.real.file_ending, self.request.bids, self.real.channel)
 
 
 def augment(
     input: Path,
     output: Path,
+    request: Request,
     *,
-    number: int,
-    prior: str = "brain-t1",
-    strength: float = 0.2,
-    steps: int = 10,
-    stripped: bool = False,
-    seed: int = 0,
+    prior: str,
+    audit_steps: int = SegmenterConfig().steps,
     device: str | None = None,
-    volume: int | None = None,
     overwrite: bool = False,
     resume: bool = False,
-) -> Run:
-    """Generate ``number`` new cases as the nnU-Net raw dataset ``output``; options as in ``generate_volume``.
+) -> tuple[Run, Audit | None]:
+    """Generate new cases for the training set ``input``, audit them, and describe real and new ones in ``output``.
 
-    The scans under ``input`` take turns as parents. Every case is named ``synth-SEED-NUMBER`` and listed with its
-    parent, seed, prior and settings in ``provenance.json``; scans that cannot be used are refused. Cases that earlier
-    runs left in ``output``, with another seed for instance, stay in the dataset.
+    The audit is in ``audit.json``; those that it drops go to ``output``/dropped. Cases that earlier runs left in
+    ``output``, with another seed for instance, stay in the dataset and are audited with the new ones.
+
+    Parameters
+    ----------
+    audit_steps : of the segmenters that judge whether images show their labels.
+
+    Returns
+    -------
+    The run, and the audit; None when the run was interrupted or made nothing.
 
     Raises
     ------
-    MedfusionError : ``number`` is below 1, or no scan under ``input`` is usable.
+    MedfusionError : before any work: what is asked for makes no sense, the training set has problems (all are listed),
+        has too few cases, or is not one that the prior was trained for.
     """
-    if number < 1:
-        raise MedfusionError(f"-n {number}: at least one case must be asked for")
-    require_folder(output)
-    earlier = _earlier_cases(output)
-    found = discover(input)
-    usable = [series for series in found if series.usable]
-    if not usable:
-        raise MedfusionError(f"{input}: no usable scan among {len(found)}", first=found[0].problems[0])
-    options = {"strength": strength, "steps": steps, "stripped": stripped, "seed": seed}
-    settings = Settings("augment", input, output, prior, device, options, volume, overwrite, resume)
-    replace = overwrite or resume
-
-    def work(name: str, series: Series, image: Path, label: Path, loaded: Prior) -> str:
-        parent = read(series, volume)
-        new = generate_volume(parent, loaded, name=name, strength=strength, steps=steps, stripped=stripped, seed=seed)
-        write_nifti(new, image, overwrite=replace, description=f"SYNTHETIC, made by medfusion with {loaded.name}")
-        tissue = foreground(new.array).astype(np.uint8)
-        write_nifti(new.with_array(tissue), label, overwrite=replace)
-        return f"from {series.name}"
-
-    jobs = [Job(s.name, s.files, [], lambda loaded: "", s.problems) for s in found if not s.usable]
-    cases = []
-    for index in range(number):
-        series, name = usable[index % len(usable)], f"synth-{seed}-{index + 1:04d}"
-        image, label = _files_of(output, name)
-        jobs.append(Job(name, series.files, [image, label], partial(work, name, series, image, label)))
-        cases.append({"case": name, "synthetic": True, "parent": series.name, **options})
-    run = run_jobs(settings, jobs)
-    _write_dataset(output, earlier, [case | {"prior": run.prior["name"]} for case in cases], run)
-    return run
+    run, made = make_cases(input, output, request, prior=prior, device=device, overwrite=overwrite, resume=resume)
+    if run.interrupted or not made.cases:
+        return run, None
+    audit = audit_made(made, SegmenterConfig(crop=made.config.data.crop, steps=audit_steps), device)
+    describe(set_aside(made, audit.dropped))
+    with staged(output / "audit.json", overwrite=True) as unfinished:
+        unfinished.write_text(json.dumps(audit.plain(), indent=2) + "\n")
+    return run, audit
 
 
-def _earlier_cases(output: Path) -> list[dict[str, Any]]:
-    """The provenance of the cases that earlier runs left; a dataset that is not ours is refused."""
-    dataset, provenance = output / "dataset.json", output / "provenance.json"
-    if not provenance.exists():
-        if dataset.exists():
-            raise MedfusionError(
-                f"{output}: holds a dataset that medfusion did not make", fix="choose a new folder for synthetic cases"
-            )
-        return []
-    try:
-        cases = json.loads(provenance.read_text())
-        return [case for case in cases if case["synthetic"] and case["case"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise MedfusionError(f"{provenance}: not a list of synthetic cases", fix="choose a new folder") from error
+def make_cases(
+    input: Path,
+    output: Path,
+    request: Request,
+    *,
+    prior: str,
+    device: str | None = None,
+    overwrite: bool = False,
+    resume: bool = False,
+) -> tuple[Run, Made]:
+    """Generate what is asked for; options and errors as in ``augment``. The manifest is written after every case."""
+    real, earlier = check_request(input, output, request), read_manifest(output)
+    config = check_prior(prior, real, request)
+    flips = not lateral(real.label_names) and bool(config.data.flips) if request.flips is None else request.flips
+    made = Made(output, real, config, replace(request, flips=flips), tuple(earlier))
+    planner = _planner(made)
+    entries: dict[str, dict[str, Any]] = {case["case"]: case for case in earlier}
+
+    def work(index: int, name: str, loaded: Prior) -> str:
+        drawn, entries[name] = _make(index, name, planner, made, loaded, overwrite=overwrite or resume)
+        write_manifest(output, list(entries.values()))
+        return drawn
+
+    files = tuple(path for case in real.labelled for path in (case.image, case.labels) if path)
+    names = [f"synth-{request.seed}-{index + 1:04d}" for index in range(request.number)]
+    planned = {name: {"case": name, "parents": []} for name in names}
+    check_synthetic(output, real, list((planned | entries).values()), bids=request.bids)
+    jobs = [Job(name, files, list(made.files(name)), partial(work, k, name)) for k, name in enumerate(names)]
+    options = {name: value for name, value in asdict(made.request).items() if name != "number"}
+    run = run_jobs(Settings("augment", input, output, prior, device, options, None, overwrite, resume), jobs)
+    there = [entries[name] for name in sorted(entries) if all(path.exists() for path in made.files(name))]
+    return run, replace(made, cases=tuple(there))
 
 
-def _files_of(output: Path, name: str) -> tuple[Path, Path]:
-    """Image and label of a case, as nnU-Net raw data sets name them."""
-    return output / "imagesTr" / f"{name}_0000.nii.gz", output / "labelsTr" / f"{name}.nii.gz"
+def _planner(made: Made) -> Planner:
+    request, spacing = made.request, made.config.preprocessing.spacing
+    if request.insert:
+        return insertions(made.real, request.insert, spacing)
+    if request.from_real is not None:
+        return real_maps(made.real, spacing)
+    return new_maps(made.real, spacing, bool(request.flips))
 
 
-def _write_dataset(output: Path, earlier: list[dict[str, Any]], cases: list[dict[str, Any]], run: Run) -> None:
-    """List every case that is there, those of earlier runs with the settings that made them; nothing if none is."""
-    listed = {case["case"]: case for case in earlier}
-    done = {case.name for case in run.cases if case.status == "done"}
-    listed |= {case["case"]: case for case in cases if case["case"] in done or case["case"] not in listed}
-    cases = [listed[name] for name in sorted(listed) if all(path.exists() for path in _files_of(output, name))]
-    if not cases:
-        return
-    modality = run.prior["config"]["preprocessing"]["modality"]
-    dataset = {
-        "channel_names": {"0": "CT" if modality == "CT" else "MRI"},  # nnU-Net normalises "CT" in its own way
-        "labels": LABELS,
-        "numTraining": len(cases),
-        "file_ending": ".nii.gz",
-        "name": f"synthetic {run.prior['name']}",
-        "description": "Every case is synthetic, see provenance.json. Labels: Otsu's threshold, tissue against air.",
-    }
-    for name, content in (("dataset.json", dataset), ("provenance.json", cases)):
-        with staged(output / name, overwrite=True) as unfinished:
-            unfinished.write_text(json.dumps(content, indent=2) + "\n")
+def _make(
+    index: int, name: str, planner: Planner, made: Made, prior: Prior, *, overwrite: bool
+) -> tuple[str, dict[str, Any]]:
+    """Write one case; returns a line about it and its entry in the manifest."""
+    request, classes = made.request, prior.config.network.classes
+    rng = np.random.default_rng(case_generator(request.seed, name, draw=1).initial_seed())
+    plan = planner(index, rng)
+    new = draw_case(
+        read_parent(plan.parents[0], prior),
+        prior,
+        plan.labels if prior.config.network.labels else None,
+        name=name,
+        strength=1.0 if request.from_real is None else request.from_real,
+        drawn=plan.drawn,
+        guidance=request.guidance,
+        steps=request.steps,
+        stripped=request.stripped,
+        class_index=classes.index(request.class_name) if request.class_name else UNKNOWN,
+        seed=request.seed,
+    )
+    image, labels = made.files(name)
+    write_nifti(new, image, overwrite=overwrite, description=f"SYNTHETIC, medfusion {prior.name}")
+    write_nifti(new.with_array(plan.labels), labels, overwrite=overwrite)
+    parents = [case.name for case in plan.parents]
+    settings = {key: value for key, value in asdict(request).items() if key != "number"}
+    entry = {"case": name, "synthetic": True, "parents": parents, "prior": prior.name, **settings}
+    return f"from {' and '.join(parents)}", entry
+
+
+def audit_made(made: Made, segmenter: SegmenterConfig, device: str | None = None) -> Audit:
+    """Audit synthetic cases beside all scans of the training set."""
+    known = made.config.preprocessing
+    new = [TrainingCase(case["case"], *made.files(case["case"]), patient="") for case in made.cases]
+    return audit_cases(
+        [prepared(case, known) for case in made.real.cases],
+        [prepared(case, known) for case in new],
+        [case["parents"][0] for case in made.cases],
+        max(made.real.label_names.values()) + 1,
+        segmenter.model_copy(update={"flips": bool(made.request.flips)}),
+        device=pick_device(device),
+    )
+
+
+def set_aside(made: Made, dropped: Collection[str]) -> Made:
+    """Move the files of some cases to the folder DROPPED, where no training finds them; returns the others."""
+    for path in (path for name in dropped for path in made.files(name)):
+        to = made.output / DROPPED / path.relative_to(made.output)
+        to.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(to)
+    return replace(made, cases=tuple(case for case in made.cases if case["case"] not in dropped))
+
+
+def describe(made: Made) -> None:
+    """Describe real and synthetic cases together."""
+    write_description(made.output, made.real, made.cases, bids=made.request.bids, seed=FOLDS_SEED)

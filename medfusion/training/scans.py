@@ -20,6 +20,7 @@ from medfusion.data.crops import STRIPPED, UNKNOWN, WHOLE_HEAD, Case, prepare, s
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, discover, read
 from medfusion.io.companions import check_patterns, companion, read_beside, read_labels, some, without
+from medfusion.io.training_set import TrainingSet
 from medfusion.training.audit import Audit, Scan, measure
 from medfusion.training.classes import read_classes
 
@@ -51,16 +52,54 @@ def load_cases(
     """
     check_patterns(config.data.images, "data.", masks=config.data.masks, labels=config.data.labels)
     found, excluded = without(discover(folder, pattern=config.data.images), exclude)
-    names = [series.name for series in found]
-    classes = read_classes(folder / config.data.classes, names, config) if config.data.classes else {}
+    classes = read_classes(folder / config.data.classes, [s.name for s in found], config) if config.data.classes else {}
     sources, problems = _sources(found, config, cache)
-    problems |= _fill(cache, sources, config, progress)
+    return _loaded(folder, sources, problems, classes, excluded, config, cache, progress)
+
+
+def load_training_set(
+    real: TrainingSet,
+    config: Config,
+    *,
+    cache: Path,
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> tuple[list[Case], Audit]:
+    """The cases of a training set, those without a label map too; as ``load_cases``, but for patterns and masks.
+
+    Raises
+    ------
+    MedfusionError : some scans cannot be used: all of them are named, with the reason.
+    """
+    sources = []
+    for case in real.cases:
+        [series] = discover(case.image)
+        files = {"scan": series.files, "labels": [case.labels] if case.labels else []}
+        cached = {WHOLE_HEAD: cache_file(cache, case.name, WHOLE_HEAD, config.preprocessing, files)}
+        sources.append(_Source(replace(series, name=case.name), None, case.labels, cached))
+    names = [case.name for case in real.cases]
+    classes = read_classes(real.root / config.data.classes, names, config) if config.data.classes else {}
+    return _loaded(real.root, sources, {}, classes, (), config, cache, progress)
+
+
+def _loaded(
+    folder: Path,
+    sources: Sequence[_Source],
+    problems: dict[str, str],
+    classes: dict[str, int],
+    excluded: tuple[str, ...],
+    config: Config,
+    cache: Path,
+    progress: Callable[[int, int, str], None],
+) -> tuple[list[Case], Audit]:
+    """The cases of all sources, prepared where the cache has them not."""
+    refused = len(problems)  # they have no source
+    problems = problems | _fill(cache, sources, config, progress)
     loaded = [_load(source) for source in sources if source.series.name not in problems]
     scans = tuple(scan for _, scan in loaded)
     problems |= _labels_beyond(scans, config.network.labels)
     if problems:
         raise MedfusionError(
-            f"{folder}: {len(problems)} of {len(found)} scans cannot be trained on",
+            f"{folder}: {len(problems)} of {len(sources) + refused} scans cannot be trained on",
             fix="mend them, or leave them out: --exclude NAME"
             + (", or train without masks: --set data.masks=''" if config.data.masks else ""),
             **{f"problem_{number}": problems[name] for number, name in enumerate(sorted(problems), start=1)},

@@ -1,30 +1,64 @@
-"""`medfusion augment` as its users run it."""
+"""`medfusion augment` and `medfusion evaluate augment` as their users run them."""
 
 import json
 from pathlib import Path
 
+import pytest
+import yaml
 from command_line import assert_refused, medfusion
-from prior_factory import saved, white_prior, write_head
+from prior_factory import saved, tiny_config
+from segmentation_factory import painting_prior, write_set
+
+QUICK = ("--steps", 1, "--audit-steps", 2)
 
 
-def test_two_cases(tmp_path: Path) -> None:
-    scan, out = write_head(tmp_path / "in" / "a.nii.gz"), tmp_path / f"[out] {'long ' * 20}"
-    options = ("--prior", saved(white_prior(), tmp_path), "--steps", 2, "-n", 2, "--seed", 4)
-    done = medfusion("augment", scan.parent, out, *options)
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("real") / "Dataset001_Body", 10, unlabelled=2)
+
+
+def test_augment_then_evaluate(tmp_path: Path, real: Path) -> None:
+    out = tmp_path / f"[out] {'long ' * 20}"
+    prior = saved(painting_prior(), tmp_path)
+    done = medfusion("augment", real, out, "-n", 3, "--prior", prior, "--seed", 4, *QUICK)
     assert done.returncode == 0, done.stderr
     assert "synth-4-0001" in done.stdout
-    assert done.stdout.endswith(f"Results: {out}\n")  # neither wrapped nor read as markup
-    assert sorted(path.name for path in (out / "imagesTr").iterdir()) == [
-        "synth-4-0001_0000.nii.gz",
-        "synth-4-0002_0000.nii.gz",
-    ]
-    assert sorted(path.name for path in (out / "labelsTr").iterdir()) == [
-        "synth-4-0001.nii.gz",
-        "synth-4-0002.nii.gz",
-    ]
-    assert json.loads((out / "dataset.json").read_text())["numTraining"] == 2
+    assert f"Results: {out}\n" in done.stdout  # neither wrapped nor read as markup
+    assert done.stdout.endswith(f"Report: {out / 'report.html'}\n")
+    audit = json.loads((out / "audit.json").read_text())
+    dropped = [case["case"] for case in audit["cases"] if case["dropped"]]
+    assert f"{len(dropped)} of 3 cases dropped" in done.stdout
+    report = (out / "report.html").read_text()
+    for words in ("MS-SSIM", "Every case is synthetic", *dropped):
+        assert words in report
+    assert len(dropped) < 3
+    assert json.loads((out / "dataset.json").read_text())["numTraining"] == 13 - len(dropped)
+    test = write_set(tmp_path / "test", 3, first=40)
+    options = ("--test", test, "--seeds", 1, "--steps", 2, "--crop", 16)
+    done = medfusion("evaluate", "augment", real, out, tmp_path / "tables", *options)
+    assert done.returncode == 0, done.stderr
+    assert "Dice in %, 3 test cases of 3 patients" in done.stdout
+    assert (tmp_path / "tables" / "cases.csv").exists()
 
 
-def test_no_case_asked_for(tmp_path: Path) -> None:
-    done = medfusion("augment", write_head(tmp_path / "a.nii.gz"), tmp_path / "out", "-n", 0)
-    assert_refused(done, "-n 0: at least one case must be asked for")
+def test_a_prior_is_learnt_where_none_is_named_and_kept(tmp_path: Path, real: Path) -> None:
+    config = tiny_config(
+        network={"located": False, "labels": 3}, data={"labels": "*", "unlabelled": True}, training={"steps": 2}
+    )
+    path = tmp_path / "tiny.yaml"
+    path.write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
+    out = tmp_path / "out"
+    done = medfusion("augment", real, out, "-n", 1, "--config", path, *QUICK)
+    assert done.returncode == 0, done.stderr
+    prior = out / "prior" / "prior.safetensors"
+    made = prior.stat().st_mtime_ns
+    done = medfusion("augment", real, out, "-n", 2, "--config", path, "--resume", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert prior.stat().st_mtime_ns == made
+
+
+def test_nothing_is_learnt_for_a_request_that_makes_no_sense(tmp_path: Path, real: Path) -> None:
+    assert_refused(medfusion("augment", real, tmp_path / "out", "-n", 0), "-n 0: at least one case must be asked for")
+    few = write_set(tmp_path / "few", 9)
+    assert_refused(medfusion("augment", few, tmp_path / "out", "-n", 1), "9 labelled case(s) are too few to learn")
+    assert not (tmp_path / "out").exists()

@@ -1,250 +1,279 @@
-"""Augment: a valid nnU-Net raw dataset that says of every case that it is synthetic."""
+"""Augment: new pairs whose image shows its label map, as a dataset that says of every case that it is synthetic."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
-from dicom_factory import scanner_affine, stored_values, write_series
-from prior_factory import grid, head, random_prior, saved, white_prior, write_head
-from scipy import stats
+from prior_factory import conditional_prior, random_prior, saved, tiny_config, white_prior
+from segmentation_factory import (
+    BRIGHTNESS,
+    NAMES,
+    OFFSET,
+    SHAPE,
+    UNIT,
+    label_map,
+    painting_prior,
+    write_pair,
+    write_set,
+)
 
-from medfusion.data.intensity import measure_scale
 from medfusion.errors import MedfusionError
-from medfusion.tasks.augment import augment, deformed, generate_volume
-from medfusion.volume import Volume
+from medfusion.io import discover, read
+from medfusion.io.training_set import read_training_set
+from medfusion.prior import build_autoencoder
+from medfusion.tasks.augment import Request, augment, describe, make_cases, set_aside
+from medfusion.tasks.draw_case import draw_case, read_parent
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_set(tmp_path_factory.mktemp("real") / "Dataset001_Body")
 
 
 @pytest.fixture
 def prior(tmp_path: Path) -> str:
-    return saved(white_prior(), tmp_path)
+    return saved(painting_prior(), tmp_path)
 
 
-@pytest.fixture
-def scans(tmp_path: Path) -> Path:
-    for name in ("first", "second"):
-        write_head(tmp_path / "in" / f"{name}.nii.gz")
-    return tmp_path / "in"
+def made_by(real: Path, out: Path, prior: str, *, resume: bool = False, **asked: Any) -> Any:
+    """Cases that nobody audits, described; returns the run."""
+    run, made = make_cases(real, out, Request(**asked), prior=prior, resume=resume)
+    describe(made)
+    return run
 
 
 def content(path: Path) -> Any:
     return json.loads(path.read_text())
 
 
-def check_raw_dataset(folder: Path) -> list[str]:
-    """The rules of nnU-Net v2's raw format; returns the names of the cases."""
-    dataset = content(folder / "dataset.json")
-    assert {"channel_names", "labels", "numTraining", "file_ending"} <= set(dataset)
-    assert dataset["file_ending"] == ".nii.gz"
-    assert dataset["labels"]["background"] == 0
-    assert sorted(dataset["labels"].values()) == list(range(len(dataset["labels"])))
-    images = sorted((folder / "imagesTr").iterdir())
-    labels = sorted((folder / "labelsTr").iterdir())
-    names = [path.name.removesuffix(".nii.gz") for path in labels]
-    channels = [f"{int(channel):04d}" for channel in dataset["channel_names"]]
-    assert [path.name for path in images] == [f"{name}_{channel}.nii.gz" for name in names for channel in channels]
-    assert dataset["numTraining"] == len(names)
-    for name in names:
-        image = nibabel.load(folder / "imagesTr" / f"{name}_0000.nii.gz")
-        label = nibabel.load(folder / "labelsTr" / f"{name}.nii.gz")
-        assert image.shape == label.shape
-        np.testing.assert_array_equal(image.affine, label.affine)
-        assert label.get_data_dtype().kind == "u"
-        assert set(np.unique(label.dataobj)) <= set(dataset["labels"].values())
-        assert np.isfinite(image.get_fdata()).all()
-    return names
+def pair(folder: Path, name: str) -> tuple[np.ndarray, np.ndarray]:
+    image = nibabel.load(folder / "imagesTr" / f"{name}_0000.nii.gz")
+    labels = nibabel.load(folder / "labelsTr" / f"{name}.nii.gz")
+    np.testing.assert_allclose(image.affine, labels.affine)
+    assert labels.get_data_dtype() == np.uint8
+    return image.get_fdata(), np.asarray(labels.dataobj)
 
 
-def voxels(folder: Path, name: str) -> np.ndarray:
-    return nibabel.load(folder / "imagesTr" / f"{name}_0000.nii.gz").get_fdata()
-
-
-def test_an_nnunet_raw_dataset(tmp_path: Path, scans: Path, prior: str) -> None:
-    out = tmp_path / "Dataset900_Synthetic"
-    run = augment(scans, out, number=3, prior=prior, steps=2, seed=7)
-    assert run.exit_code == 0
-    assert check_raw_dataset(out) == ["synth-7-0001", "synth-7-0002", "synth-7-0003"]
-    assert {path.name for path in out.iterdir()} == {
-        "dataset.json",
-        "imagesTr",
-        "labelsTr",
-        "provenance.json",
-        "run.json",
-    }
-
-
-def test_every_case_says_that_it_is_synthetic(tmp_path: Path, scans: Path, prior: str) -> None:
+def test_images_show_new_label_maps(real: Path, tmp_path: Path, prior: str) -> None:
     out = tmp_path / "out"
-    augment(scans, out, number=3, prior=prior, steps=2)
-    provenance = content(out / "provenance.json")
-    assert [case["case"] for case in provenance] == ["synth-0-0001", "synth-0-0002", "synth-0-0003"]
-    assert [case["parent"] for case in provenance] == ["first", "second", "first"]
-    for case in provenance:
-        assert case["synthetic"] is True
-        assert (case["prior"], case["steps"], case["seed"], case["stripped"]) == ("tiny", 2, 0, False)
-        header = nibabel.load(out / "imagesTr" / f"{case['case']}_0000.nii.gz").header
-        assert b"SYNTHETIC" in header["descrip"].item()
-    assert "synthetic" in content(out / "dataset.json")["description"]
-    assert content(out / "dataset.json")["name"] == "synthetic tiny"
+    run = made_by(real, out, prior, number=4, guidance=1.0, steps=2, seed=3)
+    assert run.exit_code == 0
+    cases = content(out / "manifest.json")
+    assert [case["case"] for case in cases] == [f"synth-3-000{n}" for n in range(1, 5)]
+    known = {case.name: case for case in read_training_set(real).cases}
+    for case in cases:
+        image, labels = pair(out, case["case"])
+        assert all(not np.array_equal(labels, label_map(seed)) for seed in range(10))
+        parent = read_parent(known[case["parents"][0]], painting_prior())
+        assert image.shape == parent.image.shape
+        painted = parent.scale.invert(np.array(BRIGHTNESS, np.float32)[labels])
+        np.testing.assert_allclose(image, painted, atol=2e-3 * UNIT)
+        assert (case["synthetic"], case["seed"], case["guidance"], case["prior"]) == (True, 3, 1.0, "tiny")
+    header = nibabel.load(out / "imagesTr" / "synth-3-0001_0000.nii.gz").header
+    assert b"SYNTHETIC" in header["descrip"].item()
 
 
-def test_a_sample_follows_the_prior() -> None:
-    """The prior of white noise generates N(0, 1) in its units, in the lender's field of view and units."""
-    shape = (40, 38, 30)
-    affine = grid(shape, (2.0, 2.2, 3.0), "LPS", (5, 10, 15))
-    lender = Volume(head(affine, shape, noise=20), affine, "lender")
-    new = generate_volume(lender, white_prior(), name="new", strength=1.0, steps=20)
-    np.testing.assert_allclose(new.spacing, [2, 2, 2], rtol=1e-6)
-    assert new.orientation == "RAS"
-    extent, expected = np.array(new.shape) * 2, np.array(shape) * [2.0, 2.2, 3.0]
-    assert (np.abs(extent - expected) <= 1).all()
-    centres = [v.to_world((np.array(v.shape) - 1) / 2) for v in (new, lender)]
-    np.testing.assert_allclose(*centres, atol=1.5)
-    scale = measure_scale(lender.array, 99)
-    in_units_of_the_prior = scale.apply(new.array).ravel()
-    # measured on the resampled lender, so the scales differ a little; the last step halves no variance
-    assert np.mean(in_units_of_the_prior) == pytest.approx(0, abs=0.1)
-    assert np.std(in_units_of_the_prior) == pytest.approx(1, abs=0.15)
-    assert abs(stats.kurtosis(in_units_of_the_prior)) < 0.1
+def test_the_dataset_is_merged_with_the_real_one(real: Path, tmp_path: Path, prior: str) -> None:
+    out = tmp_path / "out"
+    made_by(real, out, prior, number=3, steps=2)
+    dataset = content(out / "dataset.json")
+    assert dataset["labels"] == NAMES
+    assert dataset["numTraining"] == 13
+    assert dataset["licence"] == "CC0"
+    merged = read_training_set(out)
+    assert len(merged.labelled) == 13
+    assert {case.image.parent.parent for case in merged.cases} == {out, real}
+    for split in content(out / "splits_final.json"):
+        away = set(split["val"])
+        for case in content(out / "manifest.json"):
+            assert case["case"] not in away
+            assert (case["case"] in split["train"]) == (not away & set(case["parents"]))
 
 
-def test_the_same_seed_gives_the_same_voxels_whatever_else_is_made(tmp_path: Path, scans: Path) -> None:
-    prior = saved(random_prior(), tmp_path)
-    augment(scans, tmp_path / "two", number=2, prior=prior, steps=2, seed=1)
-    augment(scans, tmp_path / "four", number=4, prior=prior, steps=2, seed=1)
-    augment(scans, tmp_path / "other", number=2, prior=prior, steps=2, seed=2)
-    np.testing.assert_array_equal(voxels(tmp_path / "two", "synth-1-0002"), voxels(tmp_path / "four", "synth-1-0002"))
-    first, second = (voxels(tmp_path / "two", f"synth-1-000{n}") for n in (1, 2))
-    assert abs(np.corrcoef(first.ravel(), second.ravel())[0, 1]) < 0.9
-    assert not np.array_equal(first, voxels(tmp_path / "other", "synth-2-0001"))
+def test_a_case_depends_on_seed_and_number_alone(real: Path, tmp_path: Path) -> None:
+    prior = saved(conditional_prior(), tmp_path)
+    for name, number, seed in (("two", 2, 1), ("three", 3, 1), ("other", 2, 2)):
+        made_by(real, tmp_path / name, prior, number=number, steps=2, seed=seed)
+    for first, second in zip(
+        pair(tmp_path / "two", "synth-1-0002"), pair(tmp_path / "three", "synth-1-0002"), strict=True
+    ):
+        np.testing.assert_array_equal(first, second)
+    assert not np.array_equal(pair(tmp_path / "two", "synth-1-0001")[1], pair(tmp_path / "other", "synth-2-0001")[1])
 
 
-def test_a_stripped_sample_is_asked_for_in_the_context() -> None:
-    lender = Volume(head(grid((36, 36, 36)), (36, 36, 36), noise=20), grid((36, 36, 36)), "lender")
-    whole, brain = (
-        generate_volume(lender, random_prior(), name="n", strength=1.0, steps=2, stripped=s).array
-        for s in (False, True)
-    )
-    assert np.abs(whole - brain).mean() > 1.0
+def test_generation_from_a_real_case_keeps_its_label_map_and_as_much_of_it_as_asked_for(tmp_path: Path) -> None:
+    write_pair(tmp_path / "images" / "a.nii.gz", tmp_path / "labels" / "a.nii.gz", 1)
+    [case] = read_training_set(tmp_path).cases
+    prior = conditional_prior()
+    parent = read_parent(case, prior)
+    np.testing.assert_array_equal(parent.labels, label_map(1))
+    scan = read(discover(case.image)[0]).array
+    apart = [
+        np.abs(draw_case(parent, prior, parent.labels, name="a", strength=strength, steps=3).array - scan).mean()
+        for strength in (0.01, 0.2, 0.6)
+    ]
+    assert apart[0] < 0.1 * UNIT
+    assert apart[0] < apart[1] < apart[2]
 
 
-@pytest.mark.parametrize("number", [0, -3])
-def test_no_cases_are_refused(tmp_path: Path, scans: Path, prior: str, number: int) -> None:
-    with pytest.raises(MedfusionError, match=f"-n {number}: at least one case"):
-        augment(scans, tmp_path / "out", number=number, prior=prior)
+def test_from_real_takes_every_case_in_turn(real: Path, tmp_path: Path, prior: str) -> None:
+    made_by(real, tmp_path / "out", prior, number=12, from_real=0.3, steps=2)
+    parents = [case["parents"] for case in content(tmp_path / "out" / "manifest.json")]
+    assert parents == [[f"case{n % 10:02d}"] for n in range(12)]
+    np.testing.assert_array_equal(pair(tmp_path / "out", "synth-0-0003")[1], label_map(2))
+
+
+def test_from_real_needs_no_prior_that_is_shown_labels(real: Path, tmp_path: Path) -> None:
+    run = made_by(real, tmp_path / "out", saved(white_prior(), tmp_path), number=2, from_real=0.3, steps=2)
+    assert run.exit_code == 0
+    np.testing.assert_array_equal(pair(tmp_path / "out", "synth-0-0001")[1], label_map(0))
+
+
+def write_lesions(folder: Path, ill: int = 5, healthy: int = 5) -> Path:
+    """Bodies (label 1), some of them with a lesion (label 2) inside."""
+    for seed in range(ill + healthy):
+        labels = (label_map(seed) > 0).astype(np.uint8)
+        if seed < ill:
+            centre = np.argwhere(labels).mean(axis=0).round().astype(int)
+            labels[tuple(slice(c - 1, c + 2) for c in centre)] = 2
+        image = np.array(BRIGHTNESS, np.float32)[labels] + 0.1 * np.random.default_rng(seed).normal(size=SHAPE)
+        for kind, array in (("images", UNIT * image + OFFSET), ("labels", labels)):
+            (folder / kind).mkdir(parents=True, exist_ok=True)
+            nibabel.save(
+                nibabel.Nifti1Image(array.astype(np.float32), np.diag([2, 2, 2, 1])), folder / kind / f"{seed}.nii"
+            )
+    return folder
+
+
+def test_a_lesion_is_inserted_and_the_rest_of_the_scan_stays(tmp_path: Path, prior: str) -> None:
+    data = write_lesions(tmp_path / "data")
+    made_by(data, tmp_path / "out", prior, number=6, insert="label 2", guidance=1.0, steps=2)
+    for number, case in enumerate(content(tmp_path / "out" / "manifest.json")):
+        into, source = case["parents"]
+        assert into == str(5 + number % 5)
+        assert int(source) < 5
+        old = nibabel.load(data / "images" / f"{into}.nii").get_fdata()
+        before = np.asarray(nibabel.load(data / "labels" / f"{into}.nii").dataobj)
+        image = nibabel.load(tmp_path / "out" / "imagesTr" / f"{case['case']}_0000.nii").get_fdata()
+        labels = np.asarray(nibabel.load(tmp_path / "out" / "labelsTr" / f"{case['case']}.nii").dataobj)
+        lesion = labels == 2
+        assert 8 <= lesion.sum() <= 80
+        assert (before[lesion] == 1).all()
+        np.testing.assert_array_equal(labels[~lesion], before[~lesion])
+        near = np.ones(SHAPE, bool)
+        near[tuple(slice(max(0, a.min() - 2), a.max() + 3) for a in np.nonzero(lesion))] = False
+        np.testing.assert_allclose(image[near], old[near], atol=1e-3)
+        [parent] = [case for case in read_training_set(data).cases if case.name == into]
+        painted = read_parent(parent, painting_prior()).scale.invert(np.full((1, 1, 1), BRIGHTNESS[2]))[0, 0, 0]
+        np.testing.assert_allclose(image[lesion], painted, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"number": 0}, "at least one case"),
+        ({"number": 1, "from_real": 0.5, "insert": "front"}, "two ways"),
+        ({"number": 1, "from_real": 1.5}, "process time"),
+        ({"number": 1, "insert": "lesion"}, "no such label"),
+        ({"number": 1, "insert": "front"}, "every case has it"),
+        ({"number": 1, "class_name": "ill"}, "--class ill"),
+    ],
+)
+def test_requests_that_make_no_sense(
+    real: Path, tmp_path: Path, prior: str, options: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(MedfusionError, match=problem):
+        make_cases(real, tmp_path / "out", Request(**options), prior=prior)
     assert not (tmp_path / "out").exists()
 
 
-def test_one_file_cannot_hold_a_dataset(tmp_path: Path, scans: Path, prior: str) -> None:
-    with pytest.raises(MedfusionError, match=r"out.nii.gz: one file cannot hold all results"):
-        augment(scans, tmp_path / "out.nii.gz", number=1, prior=prior)
-    assert not (tmp_path / "out.nii.gz").exists()
+def test_priors_that_were_not_trained_on_these_labels(real: Path, tmp_path: Path) -> None:
+    def refused(prior: Any, problem: str) -> None:
+        with pytest.raises(MedfusionError, match=problem):
+            make_cases(real, tmp_path / "out", Request(1), prior=saved(prior, tmp_path))
+
+    refused(random_prior(), "without label maps")
+    config = painting_prior().config
+    two = tiny_config(network={"located": False, "labels": 2}, data={"labels": "*"})
+    refused(random_prior(config=two), "not trained on the labels")
+    other = config.model_copy(update={"label_names": ("background", "front", "tail")})
+    refused(replace(painting_prior(), config=other), "not trained on the labels")
+    same = config.model_copy(update={"label_names": ("background", "Front", "Back")})
+    run = made_by(real, tmp_path / "ok", saved(replace(painting_prior(), config=same), tmp_path), number=1, steps=1)
+    assert run.exit_code == 0  # spelling does not matter
 
 
-def test_resume_completes_a_partial_dataset(tmp_path: Path, scans: Path, prior: str) -> None:
-    out, unbroken = tmp_path / "out", tmp_path / "unbroken"
-    augment(scans, unbroken, number=3, prior=prior, steps=2)
-    augment(scans, out, number=2, prior=prior, steps=2)
-    (out / "labelsTr" / "synth-0-0002.nii.gz").unlink()
-    run = augment(scans, out, number=3, prior=prior, steps=2, resume=True)
-    assert [case.status for case in run.cases] == ["skipped", "done", "done"]
-    assert check_raw_dataset(out) == ["synth-0-0001", "synth-0-0002", "synth-0-0003"]
-    assert [case["case"] for case in content(out / "provenance.json")] == check_raw_dataset(out)
-    for name in check_raw_dataset(out):
-        np.testing.assert_array_equal(voxels(out, name), voxels(unbroken, name))
+def test_a_latent_prior_inserts_nothing(tmp_path: Path) -> None:
+    config = tiny_config(network={"labels": 3}, data={"labels": "*", "crop": 32}, autoencoder={"channels": (8, 8)})
+    latent = replace(random_prior(config=config), autoencoder=build_autoencoder(config))
+    data, path = write_lesions(tmp_path / "data"), saved(latent, tmp_path)
+    with pytest.raises(MedfusionError, match="works on latents"):
+        make_cases(data, tmp_path / "out", Request(1, insert="label 2"), prior=path)
 
 
-def test_resume_with_other_settings_makes_the_cases_anew(tmp_path: Path, scans: Path, prior: str) -> None:
-    out = tmp_path / "out"
-    augment(scans, out, number=2, prior=prior, steps=2)
-    run = augment(scans, out, number=1, prior=prior, steps=3, resume=True)
-    assert [case.status for case in run.cases] == ["done"]
-    assert [(case["case"], case["steps"]) for case in content(out / "provenance.json")] == [
-        ("synth-0-0001", 3),
-        ("synth-0-0002", 2),
-    ]
-
-
-@pytest.mark.parametrize("provenance", [None, "{", '{"a": 1}', '[{"case": "x"}]'])
-def test_a_dataset_that_is_not_ours_is_left_alone(
-    tmp_path: Path, scans: Path, prior: str, provenance: str | None
-) -> None:
-    out = tmp_path / "Dataset001_Real"
-    out.mkdir()
-    (out / "dataset.json").write_text("real")
-    if provenance is not None:
-        (out / "provenance.json").write_text(provenance)
-    with pytest.raises(MedfusionError, match=r"did not make|not a list of synthetic cases"):
-        augment(scans, out, number=1, prior=prior, steps=2, overwrite=True)
-    assert (out / "dataset.json").read_text() == "real"
-    assert not (out / "imagesTr").exists()
-
-
-def test_a_second_seed_adds_to_the_dataset(tmp_path: Path, scans: Path, prior: str) -> None:
-    out = tmp_path / "out"
-    augment(scans, out, number=2, prior=prior, steps=2, seed=0)
-    augment(scans, out, number=1, prior=prior, steps=2, seed=1)
-    assert check_raw_dataset(out) == ["synth-0-0001", "synth-0-0002", "synth-1-0001"]
-    assert [case["seed"] for case in content(out / "provenance.json")] == [0, 0, 1]
-
-
-def test_overwriting_fewer_cases_leaves_a_valid_dataset(tmp_path: Path, scans: Path, prior: str) -> None:
-    out = tmp_path / "out"
-    augment(scans, out, number=2, prior=prior, steps=2)
-    augment(scans, out, number=1, prior=prior, steps=3, overwrite=True)
-    assert check_raw_dataset(out) == ["synth-0-0001", "synth-0-0002"]
-    assert [case["steps"] for case in content(out / "provenance.json")] == [3, 2]
-
-
-def test_a_dicom_series_may_lend_its_grid(tmp_path: Path, prior: str) -> None:
-    shape = (40, 40, 30)
-    affine = scanner_affine("coronal", (2.0, 2.0, 2.7), angles=(3, 4, 5))
-    affine[:3, 3] += np.array([3.0, -5.0, 7.0]) - nibabel.affines.apply_affine(affine, (np.array(shape) - 1) / 2)
-    write_series(tmp_path / "in", head(affine, shape, noise=20).clip(0).astype(np.uint16), affine)
-    assert augment(tmp_path / "in", tmp_path / "out", number=1, prior=prior, steps=2).exit_code == 0
-    assert check_raw_dataset(tmp_path / "out") == ["synth-0-0001"]
-
-
-def test_strength_says_how_much_of_the_deformed_parent_is_kept() -> None:
-    shape, affine = (40, 40, 40), grid((40, 40, 40))
-    parent = Volume(head(affine, shape, noise=20), affine, "parent")
-    correlation = []
-    for strength in (0.05, 0.5, 1.0):
-        new = generate_volume(parent, white_prior(), name="new", strength=strength, steps=3)
-        correlation.append(np.corrcoef(new.array.ravel(), parent.array.ravel())[0, 1])
-    assert correlation[0] > 0.7  # the deformation alone takes a part
-    assert correlation[0] > correlation[1] + 0.1 > correlation[2] + 0.1
-    assert abs(correlation[2]) < 0.05
-
-
-def test_a_deformation_is_smooth_seeded_and_of_the_stated_size() -> None:
-    shape = (48, 44, 40)
-    index = np.indices(shape).astype(np.float32)
-    moved = np.stack([deformed(axis, seed=5) - axis for axis in index])[:, 12:-12, 12:-12, 12:-12]
-    np.testing.assert_array_equal(
-        deformed(index[0], seed=5)[12:-12, 12:-12, 12:-12] - index[0, 12:-12, 12:-12, 12:-12], moved[0]
+def test_training_sets_that_cannot_be_used(tmp_path: Path, prior: str) -> None:
+    few = write_set(tmp_path / "few", 7)
+    with pytest.raises(MedfusionError, match="7 labelled case") as error:
+        make_cases(few, tmp_path / "out", Request(1), prior=prior)
+    assert str(error.value.facts["enough"]).startswith("8")
+    bad = write_set(tmp_path / "bad", 9)
+    off = np.diag([2.0, 2, 2, 1])
+    off[0, 3] = 9
+    nibabel.save(nibabel.Nifti1Image(label_map(2), off), bad / "labelsTr" / "case02.nii.gz")
+    nibabel.save(
+        nibabel.Nifti1Image(label_map(3) + np.float32(0.5), np.diag([2, 2, 2, 1])), bad / "labelsTr/case03.nii.gz"
     )
-    assert 1.0 < np.sqrt((moved**2).mean()) < 4.0
-    assert np.abs(np.diff(moved, axis=1)).max() < 0.6  # voxels a voxel: nothing folds over
-    assert not np.array_equal(deformed(index[0], seed=6), deformed(index[0], seed=5))
+    with pytest.raises(MedfusionError, match="2 problem") as error:
+        make_cases(bad, tmp_path / "out", Request(1), prior=prior)
+    assert "case02: scan and labels lie apart" in str(error.value)
+    assert "case03: labels are whole numbers" in str(error.value)
 
 
-def test_unusable_scans_are_refused_by_name(tmp_path: Path, scans: Path, prior: str) -> None:
-    (scans / "broken.nii.gz").write_bytes(b"no scan")
-    run = augment(scans, tmp_path / "out", number=2, prior=prior, steps=2)
-    assert [(case.name, case.status) for case in run.cases] == [
-        ("broken", "refused"),
-        ("synth-0-0001", "done"),
-        ("synth-0-0002", "done"),
-    ]
-    assert run.exit_code == 1
-    assert check_raw_dataset(tmp_path / "out") == ["synth-0-0001", "synth-0-0002"]
+def test_a_folder_grows_with_another_seed_and_is_resumed(real: Path, tmp_path: Path, prior: str) -> None:
+    out = tmp_path / "out"
+    made_by(real, out, prior, number=2, steps=1)
+    made_by(real, out, prior, number=1, steps=1, seed=1)
+    assert [case["case"] for case in content(out / "manifest.json")] == ["synth-0-0001", "synth-0-0002", "synth-1-0001"]
+    with pytest.raises(MedfusionError, match="exist already"):
+        made_by(real, out, prior, number=2, steps=1)
+    (out / "imagesTr" / "synth-1-0001_0000.nii.gz").unlink()
+    run = made_by(real, out, prior, number=2, steps=1, seed=1, resume=True)
+    assert [case.status for case in run.cases] == ["done", "done"]
+    assert len(content(out / "manifest.json")) == 4
+    run = made_by(real, out, prior, number=3, steps=1, seed=1, resume=True)
+    assert [case.status for case in run.cases] == ["skipped", "skipped", "done"]
+    with pytest.raises(MedfusionError, match="holds synthetic cases"):
+        made_by(out, tmp_path / "again", prior, number=1)
 
 
-def test_nothing_usable_to_lend_a_grid(tmp_path: Path, prior: str) -> None:
-    write_series(tmp_path / "in", stored_values((5, 6, 1)))
-    with pytest.raises(MedfusionError, match="no usable scan among 1") as error:
-        augment(tmp_path / "in", tmp_path / "out", number=1, prior=prior)
-    assert "single slice" in str(error.value.facts["first"])
+def test_bids(real: Path, tmp_path: Path, prior: str) -> None:
+    out = tmp_path / "out"
+    made_by(real, out, prior, number=2, steps=1, bids=True)
+    made = read_training_set(out)
+    assert len(made.labelled) == 2
+    assert made.label_names == NAMES
+
+
+def test_cases_that_are_set_aside(real: Path, tmp_path: Path, prior: str) -> None:
+    out = tmp_path / "out"
+    _, made = make_cases(real, out, Request(3, steps=1), prior=prior)
+    describe(set_aside(made, ["synth-0-0002"]))
+    assert [case["case"] for case in content(out / "manifest.json")] == ["synth-0-0001", "synth-0-0003"]
+    assert (out / "dropped" / "imagesTr" / "synth-0-0002_0000.nii.gz").exists()
+    assert (out / "dropped" / "labelsTr" / "synth-0-0002.nii.gz").exists()
+    assert content(out / "dataset.json")["numTraining"] == 12
+
+
+def test_augment_audits_what_it_makes(real: Path, tmp_path: Path, prior: str) -> None:
+    out = tmp_path / "out"
+    run, audit = augment(real, out, Request(3, steps=1, guidance=1.0), prior=prior, audit_steps=2)
+    assert run.exit_code == 0
+    assert audit is not None
+    assert audit.cases == ("synth-0-0001", "synth-0-0002", "synth-0-0003")
+    left = {case["case"] for case in content(out / "manifest.json")} if len(audit.dropped) < 3 else set()
+    assert left == set(audit.cases) - set(audit.dropped)
+    assert {path.name for path in out.glob("dropped/labelsTr/*")} == {f"{name}.nii.gz" for name in audit.dropped}

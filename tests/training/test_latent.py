@@ -16,10 +16,12 @@ from toy_runs import assert_same_run, rows, toy_cases
 from medfusion.config import Config
 from medfusion.data.crops import Case, Crop
 from medfusion.errors import MedfusionError
+from medfusion.io import write_nifti
+from medfusion.io.training_set import TrainingCase
 from medfusion.networks import Autoencoder, on_latents
 from medfusion.prior import Prior
-from medfusion.tasks.augment import generate_volume
 from medfusion.tasks.denoise import denoise_volume
+from medfusion.tasks.draw_case import draw_case, read_parent
 from medfusion.tasks.place import Here, seen_by
 from medfusion.tasks.rebuild import examine
 from medfusion.training import memory, train
@@ -150,7 +152,9 @@ def test_tasks_work_on_latents_or_say_that_they_do_not(trained: tuple[Prior, Pat
     prior, _ = trained
     affine, shape = grid((41, 40, 38)), (41, 40, 38)
     scan = Volume(head(affine, shape, noise=5), affine, "scan")
-    assert generate_volume(scan, prior, name="new", steps=2).shape == shape
+    write_nifti(scan, tmp_path / "scan.nii.gz")
+    parent = read_parent(TrainingCase("scan", tmp_path / "scan.nii.gz", None, "scan"), prior)
+    assert draw_case(parent, prior, None, name="new", steps=2).shape == shape
     seen = seen_by(prior, scan)
     here = Here(seen.volume.array, np.ones(shape, np.float32), np.ones(shape, bool))
     for method in ("plain", "default", "autoencoder"):
