@@ -77,7 +77,7 @@ def test_the_table_counts_what_is_there() -> None:
         "modality": "not stated (2), MR (1)",
         "1st percentile": "-2 to 0",
         "99th percentile": "400 to 900",
-        "label values": "3, from 0 to 5",
+        "label values": "3, from 0 to 5; 1 scan(s) without a label map",
         "class": "well (2), ill (1)",
     }
 
