@@ -123,7 +123,7 @@ def compared(out: Path, size: int, seed: int, number: int) -> list[Trained]:
         real = read_training_set(training_folder(out, size, seed))
         pools = [[prepared(case, KNOWN) for case in cases] for cases in (real.labelled, synthetic_cases(folder, real))]
         found = []
-        for one in compare(pools[0], pools[1], test_cases(), CLASSES, SEGMENTER, seed=seed):
+        for one in compare(pools[0], pools[1], judged_on(), CLASSES, SEGMENTER, seed=seed):
             print(f"{size} cases, seed {seed}, {one.arm}: Dice {one.dice.mean():.4f}, {one.seconds:.0f} s", flush=True)
             found.append(one._asdict() | {"dice": one.dice.tolist()})
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +132,7 @@ def compared(out: Path, size: int, seed: int, number: int) -> list[Trained]:
 
 
 @cache
-def test_cases() -> list[Case]:
+def judged_on() -> list[Case]:
     """The cases of `dev`."""
     return [prepared(case, KNOWN) for case in read_training_set(data_folder() / "dev").labelled]
 
@@ -168,7 +168,7 @@ def main() -> None:
             picture_of_pairs(asked.out, asked.out / f"synthetic_{size}_{seed}")
     done = [map(int, path.stem.split("_")) for path in sorted((asked.out / "trainings").glob("*.json"))]
     trainings = [one for size, seed in done for one in compared(asked.out, size, seed, asked.cases)]
-    names = tuple(case.name for case in test_cases())
+    names = tuple(case.name for case in judged_on())
     show_comparison(Comparison(names, names, tuple(trainings)))
 
 

@@ -37,7 +37,7 @@ def augment_set(
     request = Request(**asked)
     if prior is None:
         check_request(input, output, request)
-        learnt = _learn(input, output / "prior", config, device=device, resume=resume)
+        learnt = _learn(input, output / "prior", config, device=device, overwrite=overwrite, resume=resume)
         if learnt is None:
             return 130
         prior = str(learnt)
@@ -67,7 +67,9 @@ def augment_and_report(
     return run, audit
 
 
-def _learn(input: Path, out: Path, config: Path | None, *, device: str | None, resume: bool) -> Path | None:
+def _learn(
+    input: Path, out: Path, config: Path | None, *, device: str | None, overwrite: bool, resume: bool
+) -> Path | None:
     """The prior of the training set, trained in ``out`` unless an earlier run has; None when interrupted."""
     from medfusion.cli.train import train_cases
     from medfusion.config import load_config
@@ -86,6 +88,7 @@ def _learn(input: Path, out: Path, config: Path | None, *, device: str | None, r
         out,
         cache=out / "cache",
         device=device,
+        overwrite=overwrite,
         resume=resume and (out / "checkpoint.pt").exists(),
     )
     return prior if done == 0 else None

@@ -105,7 +105,9 @@ def check_synthetic(output: Path, real: TrainingSet, synthetic: Sequence[dict[st
 def write_description(
     output: Path, real: TrainingSet, synthetic: Sequence[dict[str, Any]], *, bids: bool, folds: int = 5, seed: int
 ) -> None:
-    """Describe all synthetic cases, whose files lie where `case_files` has them; nothing if there are none.
+    """Describe all synthetic cases, whose files lie where `case_files` has them.
+
+    Where there are none, an earlier description goes: it would list cases that are there no more.
 
     Parameters
     ----------
@@ -120,6 +122,9 @@ def write_description(
     MedfusionError : as `check_synthetic`, or the folder cannot be written.
     """
     if not synthetic:
+        if (output / MANIFEST).exists():
+            write_manifest(output, [])
+            (output / DESCRIPTIONS[bids]).unlink(missing_ok=True)
         return
     check_synthetic(output, real, synthetic, bids=bids)
     write_manifest(output, synthetic)  # first: with a description alone the dataset would not be ours

@@ -10,11 +10,10 @@ import torch
 from numpy.typing import NDArray
 
 from medfusion.data.crops import STRIPPED, UNKNOWN, WHOLE_HEAD, context_channels
-from medfusion.data.grid import canonical, nearest, resampled
+from medfusion.data.grid import canonical, resampled
 from medfusion.data.intensity import SEEN, IntensityScale, centre_of, foreground, measure_scale
 from medfusion.data.seeds import case_generator
 from medfusion.diffusion import ddpm, inpaint, noise_like, time_steps
-from medfusion.io.companions import read_labels
 from medfusion.io.training_set import TrainingCase, read_scan
 from medfusion.prior import Prior
 from medfusion.tasks.checks import check_scan
@@ -29,18 +28,16 @@ RESAMPLINGS = 4  # of inpainting
 class Parent:
     """A real case as the prior sees it: axes RAS, on the prior's spacing and in its units, and the way back.
 
-    ``image`` (d, h, w) float32, ``labels`` (d, h, w) or None, ``grid`` holds the scan's own units.
+    ``image`` (d, h, w) float32; ``grid`` is the scan on the same grid in its own units.
     """
 
-    case: TrainingCase
     grid: Volume
     scale: IntensityScale
     image: NDArray[np.float32]
-    labels: NDArray[Any] | None
 
 
 def read_parent(case: TrainingCase, prior: Prior) -> Parent:
-    """Read and prepare a case.
+    """Read and prepare the scan of a case.
 
     Raises
     ------
@@ -51,8 +48,7 @@ def read_parent(case: TrainingCase, prior: Prior) -> Parent:
     known = prior.config.preprocessing
     grid = resampled(canonical(scan), known.spacing)
     scale = measure_scale(grid.array, known.percentile, case.name)
-    labels = nearest(canonical(read_labels(case.labels, scan)), grid) if case.labels else None
-    return Parent(case, grid, scale, scale.apply(grid.array).clip(*SEEN), labels)
+    return Parent(grid, scale, scale.apply(grid.array).clip(*SEEN))
 
 
 def draw_case(

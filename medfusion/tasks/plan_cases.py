@@ -80,7 +80,7 @@ def insertions(real: TrainingSet, name: str, spacing: float) -> Planner:
 
     Raises
     ------
-    MedfusionError : there is no such label, no lesion of it, or no case without.
+    MedfusionError : there is no such label, no whole lesion of it, or no case without.
     """
     if name not in real.label_names or name == "background":
         raise MedfusionError(f"--insert {name}: no such label", labels=", ".join(real.label_names))
@@ -95,6 +95,8 @@ def insertions(real: TrainingSet, name: str, spacing: float) -> Planner:
             fix="cases of both kinds; a healthy scan's label map is 0 where there is nothing else to label",
         )
     shapes = [(index, shape) for index in ill for shape in lesion_shapes([maps[index]], value)]
+    if not shapes:
+        raise MedfusionError(f"--insert {name}: every lesion is cut off by the border of its scan", cases=len(ill))
     hosts = host_labels([maps[index] for index in ill], value)
 
     def plan(number: int, rng: np.random.Generator) -> Plan:

@@ -55,6 +55,9 @@ def test_a_prior_is_learnt_where_none_is_named_and_kept(tmp_path: Path, real: Pa
     done = medfusion("augment", real, out, "-n", 2, "--config", path, "--resume", *QUICK)
     assert done.returncode == 0, done.stderr
     assert prior.stat().st_mtime_ns == made
+    done = medfusion("augment", real, out, "-n", 1, "--config", path, "--overwrite", *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert prior.stat().st_mtime_ns > made
 
 
 def test_nothing_is_learnt_for_a_request_that_makes_no_sense(tmp_path: Path, real: Path) -> None:
