@@ -32,12 +32,11 @@ def augment_set(
     **asked: Any,
 ) -> int:
     """Generate and audit new cases; returns the exit code."""
-    from medfusion.tasks.augment import Request, check_request
+    from medfusion.tasks.augment import Request
 
     request = Request(**asked)
     if prior is None:
-        check_request(input, output, request)
-        learnt = _learn(input, output / "prior", config, device=device, overwrite=overwrite, resume=resume)
+        learnt = _learn(input, output, request, config, device=device, overwrite=overwrite, resume=resume)
         if learnt is None:
             return 130
         prior = str(learnt)
@@ -68,19 +67,29 @@ def augment_and_report(
 
 
 def _learn(
-    input: Path, out: Path, config: Path | None, *, device: str | None, overwrite: bool, resume: bool
+    input: Path,
+    output: Path,
+    request: Request,
+    config: Path | None,
+    *,
+    device: str | None,
+    overwrite: bool,
+    resume: bool,
 ) -> Path | None:
-    """The prior of the training set, trained in ``out`` unless an earlier run has; None when interrupted."""
+    """The prior of the training set, trained in OUT/prior unless an earlier run has; None when interrupted."""
     from medfusion.cli.train import train_cases
     from medfusion.config import load_config
-    from medfusion.io.training_set import read_training_set
-    from medfusion.training import load_training_set, plan_config
+    from medfusion.tasks.augment import check_prior, check_request
+    from medfusion.training import load_training_set, plan_config, with_classes
 
+    real, out = check_request(input, output, request), output / "prior"
     prior = out / "prior.safetensors"
     if resume and prior.exists():
         return prior
-    real = read_training_set(input)
     settings = plan_config(real) if config is None else load_config(config)
+    if request.classes:
+        settings = with_classes(settings, real, Path(request.classes))
+    check_prior(settings.name, settings, real, request)
     done = train_cases(
         lambda **given: load_training_set(real, settings, **given),
         settings,

@@ -326,7 +326,13 @@ def augment_command(
     insert: Annotated[
         str, typer.Option(metavar="LABEL", help="Put lesions of this label into the cases that have none.")
     ] = "",
-    class_name: Annotated[str, typer.Option("--class", help="Which of the prior's classes the new cases are of.")] = "",
+    classes: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CSV", help="Class of each real case, columns case and class; new ones get their parent's."
+        ),
+    ] = None,
+    class_name: Annotated[str, typer.Option("--class", help="Which of the prior's classes all new cases are of.")] = "",
     flips: Annotated[
         bool | None,
         typer.Option("--flip/--no-flip", help="Mirror new label maps? Default: unless labels tell left from right."),
@@ -352,6 +358,7 @@ def augment_command(
         config=config,
         from_real=from_real,
         insert=insert,
+        classes="" if classes is None else str(classes),
         class_name=class_name,
         flips=flips,
         guidance=guidance,

@@ -17,6 +17,7 @@ from medfusion.data.label_maps import lateral
 from medfusion.data.seeds import case_generator
 from medfusion.errors import MedfusionError
 from medfusion.io import staged, write_nifti
+from medfusion.io.classes import read_classes
 from medfusion.io.output import check_output
 from medfusion.io.training_set import TrainingCase, TrainingSet, read_training_set
 from medfusion.io.training_set_check import check_training_set
@@ -48,7 +49,9 @@ class Request:
     number : of cases; they are named ``synth-SEED-NUMBER``.
     from_real : in (0, 1]: vary real cases, noised to this process time, instead of drawing new label maps.
     insert : name of a label: put lesions of it into the cases that have none.
-    class_name : of the prior's classes; "": none is told.
+    classes : CSV file that tells the class of each real case, as ``read_classes``; a new one is told that of its first
+        parent.
+    class_name : of the prior's classes; all new cases are told this one. Without both none is told.
     flips : whether new maps may be mirrored; None: unless names of labels tell left from right.
     guidance, steps, stripped : as in ``draw_case``.
     bids : lay the output out as BIDS and not as an nnU-Net raw dataset.
@@ -57,6 +60,7 @@ class Request:
     number: int
     from_real: float | None = None
     insert: str = ""
+    classes: str = ""
     class_name: str = ""
     flips: bool | None = None
     guidance: float = GUIDANCE
@@ -96,14 +100,13 @@ def check_request(input: Path, output: Path, request: Request) -> TrainingSet:
     return real
 
 
-def check_prior(prior: str, real: TrainingSet, request: Request) -> Config:
-    """The config of a prior that can generate for a training set.
+def check_prior(prior: str, config: Config, real: TrainingSet, request: Request) -> None:
+    """Check that a prior with this config, trained or to be trained, can generate for a training set.
 
     Raises
     ------
-    MedfusionError : the prior was trained without label maps, or not on these labels.
+    MedfusionError : it is shown no label maps, or not these labels, or does not know the classes.
     """
-    config, _ = read_metadata(prior_path(prior))
     known = config.network.labels
     if not known and request.from_real is None:
         raise MedfusionError(
@@ -127,7 +130,12 @@ def check_prior(prior: str, real: TrainingSet, request: Request) -> Config:
             f"--class {request.class_name}: the prior does not know it",
             classes=", ".join(config.network.classes) or "none",
         )
-    return config
+
+
+def stated_classes(request: Request, real: TrainingSet, config: Config) -> dict[str, str]:
+    """The class of each case, where a table of them is named; raises as ``read_classes``."""
+    names = [case.name for case in real.cases]
+    return read_classes(Path(request.classes), names, config.network.classes) if request.classes else {}
 
 
 def _differ(known: str | None, name: str) -> bool:
@@ -201,14 +209,16 @@ def make_cases(
 ) -> tuple[Run, Made]:
     """Generate what is asked for; options and errors as in ``augment``. The manifest is written after every case."""
     real, earlier = check_request(input, output, request), read_manifest(output)
-    config = check_prior(prior, real, request)
+    config, _ = read_metadata(prior_path(prior))
+    check_prior(prior, config, real, request)
+    classes = stated_classes(request, real, config)
     flips = not lateral(real.label_names) and bool(config.data.flips) if request.flips is None else request.flips
     made = Made(output, real, config, replace(request, flips=flips), tuple(earlier))
     planner = _planner(made)
     entries: dict[str, dict[str, Any]] = {case["case"]: case for case in earlier}
 
     def work(index: int, name: str, loaded: Prior) -> str:
-        drawn, entries[name] = _make(index, name, planner, made, loaded, overwrite=overwrite or resume)
+        drawn, entries[name] = _make(index, name, planner, made, classes, loaded, overwrite=overwrite or resume)
         write_manifest(output, list(entries.values()))
         return drawn
 
@@ -233,12 +243,20 @@ def _planner(made: Made) -> Planner:
 
 
 def _make(
-    index: int, name: str, planner: Planner, made: Made, prior: Prior, *, overwrite: bool
+    index: int,
+    name: str,
+    planner: Planner,
+    made: Made,
+    classes: dict[str, str],
+    prior: Prior,
+    *,
+    overwrite: bool,
 ) -> tuple[str, dict[str, Any]]:
     """Write one case; returns a line about it and its entry in the manifest."""
-    request, classes = made.request, prior.config.network.classes
+    request = made.request
     rng = np.random.default_rng(case_generator(request.seed, name, draw=1).initial_seed())
     plan = planner(index, rng)
+    told = request.class_name or classes.get(plan.parents[0].name, "")
     new = draw_case(
         read_parent(plan.parents[0], prior),
         prior,
@@ -249,7 +267,7 @@ def _make(
         guidance=request.guidance,
         steps=request.steps,
         stripped=request.stripped,
-        class_index=classes.index(request.class_name) if request.class_name else UNKNOWN,
+        class_index=prior.config.network.classes.index(told) if told else UNKNOWN,
         seed=request.seed,
     )
     image, labels = made.files(name)
@@ -257,7 +275,7 @@ def _make(
     write_nifti(new.with_array(plan.labels), labels, overwrite=overwrite)
     parents = [case.name for case in plan.parents]
     settings = {key: value for key, value in asdict(request).items() if key != "number"}
-    entry = {"case": name, "synthetic": True, "parents": parents, "prior": prior.name, **settings}
+    entry = {"case": name, "synthetic": True, "parents": parents, "prior": prior.name, **settings, "class_name": told}
     return f"from {' and '.join(parents)}", entry
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import numpy as np
 from nibabel.affines import voxel_sizes
@@ -11,6 +12,7 @@ from medfusion.config import Config
 from medfusion.data.label_maps import lateral
 from medfusion.errors import MedfusionError
 from medfusion.io import discover
+from medfusion.io.classes import read_classes
 from medfusion.io.training_set import TrainingSet
 
 FEWEST = 10  # labelled cases: the fewest with which a prior was measured (docs/augment.md)
@@ -61,3 +63,16 @@ def plan_config(real: TrainingSet) -> Config:
             },
         }
     )
+
+
+def with_classes(config: Config, real: TrainingSet, table: Path) -> Config:
+    """The config of a prior that is told the class of each scan, all those that the table states.
+
+    Raises
+    ------
+    MedfusionError : as ``read_classes``, for the scans of the training set.
+    """
+    stated = read_classes(table, [case.name for case in real.cases])
+    network = config.network.model_copy(update={"classes": tuple(sorted(set(stated.values())))})
+    data = config.data.model_copy(update={"classes": str(table.absolute())})
+    return config.model_copy(update={"network": network, "data": data})

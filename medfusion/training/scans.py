@@ -19,10 +19,10 @@ from medfusion.data.cache import cache_file, load_case, save_case
 from medfusion.data.crops import STRIPPED, UNKNOWN, WHOLE_HEAD, Case, prepare, stripped
 from medfusion.errors import MedfusionError
 from medfusion.io import Series, discover, read
+from medfusion.io.classes import read_classes
 from medfusion.io.companions import check_patterns, companion, read_beside, read_labels, some, without
 from medfusion.io.training_set import TrainingSet
 from medfusion.training.audit import Audit, Scan, measure
-from medfusion.training.classes import read_classes
 
 MOST_WORKERS = 8  # scans prepared at a time: each takes several copies of its voxels
 
@@ -52,7 +52,7 @@ def load_cases(
     """
     check_patterns(config.data.images, "data.", masks=config.data.masks, labels=config.data.labels)
     found, excluded = without(discover(folder, pattern=config.data.images), exclude)
-    classes = read_classes(folder / config.data.classes, [s.name for s in found], config) if config.data.classes else {}
+    classes = _classes(folder, [series.name for series in found], config)
     sources, problems = _sources(found, config, cache)
     return _loaded(folder, sources, problems, classes, excluded, config, cache, progress)
 
@@ -76,16 +76,21 @@ def load_training_set(
         files = {"scan": series.files, "labels": [case.labels] if case.labels else []}
         cached = {WHOLE_HEAD: cache_file(cache, case.name, WHOLE_HEAD, config.preprocessing, files)}
         sources.append(_Source(replace(series, name=case.name), None, case.labels, cached))
-    names = [case.name for case in real.cases]
-    classes = read_classes(real.root / config.data.classes, names, config) if config.data.classes else {}
+    classes = _classes(real.root, [case.name for case in real.cases], config)
     return _loaded(real.root, sources, {}, classes, (), config, cache, progress)
+
+
+def _classes(folder: Path, names: Sequence[str], config: Config) -> dict[str, str]:
+    """The class of each scan, where the config has a table of them."""
+    table = config.data.classes
+    return read_classes(folder / table, names, config.network.classes) if table else {}
 
 
 def _loaded(
     folder: Path,
     sources: Sequence[_Source],
     problems: dict[str, str],
-    classes: dict[str, int],
+    classes: dict[str, str],
     excluded: tuple[str, ...],
     config: Config,
     cache: Path,
@@ -106,9 +111,10 @@ def _loaded(
         )
     if config.data.labels and not any(scan.labels for scan in scans):
         raise MedfusionError(f"{folder}: no scan has a label map", labels=config.data.labels, fix="check data.labels")
-    audit = Audit(scans, config, {name: config.network.classes[index] for name, index in classes.items()}, excluded)
+    audit, known = Audit(scans, config, classes, excluded), config.network.classes
     cases = [case for kinds, scan in loaded for case in kinds if scan.name not in audit.copies]
-    return [replace(case, class_index=classes.get(case.name, UNKNOWN)) for case in cases], audit
+    told = {name: known.index(found) for name, found in classes.items()}
+    return [replace(case, class_index=told.get(case.name, UNKNOWN)) for case in cases], audit
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from command_line import assert_refused, medfusion
 from prior_factory import saved, tiny_config
 from segmentation_factory import painting_prior, write_set
 
+from medfusion.io.training_set import read_training_set
+
 QUICK = ("--steps", 1, "--audit-steps", 2)
 
 
@@ -47,9 +49,11 @@ def test_a_prior_is_learnt_where_none_is_named_and_kept(tmp_path: Path, real: Pa
     )
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(json.loads(config.model_dump_json())))
-    out = tmp_path / "out"
-    done = medfusion("augment", real, out, "-n", 1, "--config", path, *QUICK)
+    table, out = tmp_path / "classes.csv", tmp_path / "out"
+    table.write_text("case,class\n" + "".join(f"{case.name},F\n" for case in read_training_set(real).cases))
+    done = medfusion("augment", real, out, "-n", 1, "--config", path, "--classes", table, *QUICK)
     assert done.returncode == 0, done.stderr
+    assert json.loads((out / "manifest.json").read_text())[0]["class_name"] == "F"
     prior = out / "prior" / "prior.safetensors"
     made = prior.stat().st_mtime_ns
     done = medfusion("augment", real, out, "-n", 2, "--config", path, "--resume", *QUICK)
@@ -64,4 +68,6 @@ def test_nothing_is_learnt_for_a_request_that_makes_no_sense(tmp_path: Path, rea
     assert_refused(medfusion("augment", real, tmp_path / "out", "-n", 0), "-n 0: at least one case must be asked for")
     few = write_set(tmp_path / "few", 9)
     assert_refused(medfusion("augment", few, tmp_path / "out", "-n", 1), "9 labelled case(s) are too few to learn")
+    refused = medfusion("augment", real, tmp_path / "out", "-n", 1, "--class", "ill")
+    assert_refused(refused, "--class ill: the prior does not know it")
     assert not (tmp_path / "out").exists()

@@ -190,6 +190,41 @@ def test_requests_that_make_no_sense(
     assert not (tmp_path / "out").exists()
 
 
+def table_of_classes(path: Path, classes: str) -> str:
+    """The class of each case of ``real``, a letter for each."""
+    rows = [f"case{number:02d},{name}" for number, name in enumerate(classes)]
+    path.write_text("\n".join(["case,class", *rows]) + "\n")
+    return str(path)
+
+
+def test_a_new_case_is_told_the_class_of_its_parent(real: Path, tmp_path: Path) -> None:
+    prior, table = saved(conditional_prior(), tmp_path), table_of_classes(tmp_path / "classes.csv", "ababababab")
+    made: dict[str, list[Any]] = {}
+    for name, asked in (
+        ("table", {"classes": table}),
+        ("a", {"class_name": "a"}),
+        ("b", {"class_name": "b"}),
+        ("both", {"classes": table, "class_name": "b"}),
+    ):
+        made_by(real, tmp_path / name, prior, number=2, from_real=1.0, steps=2, **asked)
+        manifest = content(tmp_path / name / "manifest.json")
+        made[name] = [(case["class_name"], pair(tmp_path / name, case["case"])[0]) for case in manifest]
+    assert [name for name, _ in made["table"]] == ["a", "b"]
+    np.testing.assert_array_equal(made["table"][0][1], made["a"][0][1])
+    np.testing.assert_array_equal(made["table"][1][1], made["b"][1][1])
+    assert not np.array_equal(made["a"][0][1], made["b"][0][1])
+    assert [name for name, _ in made["both"]] == ["b", "b"]
+    np.testing.assert_array_equal(made["both"][0][1], made["b"][0][1])
+
+
+def test_classes_that_the_prior_does_not_know(real: Path, tmp_path: Path) -> None:
+    prior, table = saved(conditional_prior(), tmp_path), table_of_classes(tmp_path / "classes.csv", "abcbababab")
+    with pytest.raises(MedfusionError, match="does not fit") as error:
+        make_cases(real, tmp_path / "out", Request(1, classes=table), prior=prior)
+    assert error.value.facts["unknown_classes"] == "c"
+    assert not (tmp_path / "out").exists()
+
+
 def test_priors_that_were_not_trained_on_these_labels(real: Path, tmp_path: Path) -> None:
     def refused(prior: Any, problem: str) -> None:
         with pytest.raises(MedfusionError, match=problem):

@@ -10,7 +10,7 @@ from segmentation_factory import NAMES, SHAPE, SPACING, label_map, write_set
 
 from medfusion.errors import MedfusionError
 from medfusion.io.training_set import read_training_set
-from medfusion.training import load_training_set, plan_config
+from medfusion.training import load_training_set, plan_config, with_classes
 
 
 def test_the_plan_follows_the_set(tmp_path: Path) -> None:
@@ -51,3 +51,17 @@ def test_a_training_set_becomes_cases_with_and_without_label_maps(tmp_path: Path
     nibabel.save(nibabel.Nifti1Image(label_map(3) * 5, np.diag([2, 2, 2, 1])), real.root / "labelsTr" / "case03.nii.gz")
     with pytest.raises(MedfusionError, match="case03: label values 5, 10"):
         load_training_set(real, plan_config(real), cache=tmp_path / "cache")
+
+
+def test_the_classes_of_a_table_are_planned_for(tmp_path: Path) -> None:
+    real = read_training_set(write_set(tmp_path / "set", 10, unlabelled=1))
+    table = tmp_path / "sex.csv"
+    table.write_text("case,class\n" + "".join(f"case{n:02d},{'FM'[n % 2]}\n" for n in range(11)))
+    config = with_classes(plan_config(real), real, table)
+    assert config.network.classes == ("F", "M")
+    assert config == type(config).model_validate(config.model_dump())
+    cases, _ = load_training_set(real, config, cache=tmp_path / "cache")
+    assert {case.name: case.class_index for case in cases} == {f"case{n:02d}": n % 2 for n in range(11)}
+    table.write_text("case,class\ncase00,F\n")
+    with pytest.raises(MedfusionError, match="does not fit"):
+        with_classes(plan_config(real), real, table)
