@@ -319,9 +319,13 @@ def augment_command(
     config: Annotated[
         Path | None, typer.Option(help="For the training: a YAML file, see configs/. Default: planned from REAL.")
     ] = None,
+    strength: Annotated[
+        float,
+        typer.Option(help="How much of an image is drawn anew, 0 to 1; the rest is its parent's, deformed alike."),
+    ] = 0.8,
     from_real: Annotated[
         float | None,
-        typer.Option(metavar="STRENGTH", help="Vary real cases, 0 to 1: labels stay, texture is drawn anew."),
+        typer.Option(metavar="STRENGTH", help="The same for real cases as they are: labels stay, texture changes."),
     ] = None,
     insert: Annotated[
         str, typer.Option(metavar="LABEL", help="Put lesions of this label into the cases that have none.")
@@ -338,7 +342,7 @@ def augment_command(
         typer.Option("--flip/--no-flip", help="Mirror new label maps? Default: unless labels tell left from right."),
     ] = None,
     guidance: Annotated[float, typer.Option(help="How strongly labels and class are followed; 1: as learnt.")] = 1.5,
-    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each case.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Evaluations of the prior for each case.")] = 10,
     stripped: Annotated[bool, typer.Option("--stripped", help="The scans are skull-stripped heads.")] = False,
     bids: Annotated[bool, typer.Option("--bids", help="Write BIDS and not an nnU-Net raw dataset.")] = False,
     audit_steps: Annotated[int, typer.Option(min=1, help="Of the two segmenters that judge the new cases.")] = 600,
@@ -356,6 +360,7 @@ def augment_command(
         number=number,
         prior=prior,
         config=config,
+        strength=strength,
         from_real=from_real,
         insert=insert,
         classes="" if classes is None else str(classes),

@@ -181,10 +181,10 @@ def _depth(mask: NDArray[np.bool_], spacing: Spacing) -> NDArray[np.float32]:
 
 def deformed(
     labels: NDArray[Any], rng: np.random.Generator, spacing: Spacing = ISOTROPIC, *, strength: float = 1.0
-) -> NDArray[Any]:
+) -> tuple[NDArray[Any], NDArray[np.float32]]:
     """Another patient of the same layout: the map through a random ``displacement`` about its foreground's centre.
 
-    To deform an image and its labels alike, call ``displacement``, ``warp_image`` and ``warp_labels``.
+    Beside it the displacement, which moves the image alike (``warp_image``).
 
     Raises
     ------
@@ -192,7 +192,7 @@ def deformed(
     """
     centre, _ = _moments(labels, spacing)
     where = displacement(labels.shape, spacing, rng, strength=strength, centre=centre / spacing)
-    return warp_labels(labels, where)
+    return warp_labels(labels, where), where
 
 
 def _moments(labels: NDArray[Any], spacing: Spacing) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -251,17 +251,10 @@ def interpolated(a: NDArray[Any], b: NDArray[Any], weight: float, spacing: Spaci
     """
     if not 0 <= weight <= 1:
         raise MedfusionError(f"weight {weight:g}: the share of the second map is a number from 0 to 1")
-    step = np.array(spacing)
-    shift = np.round((_moments(b, spacing)[0] - _moments(a, spacing)[0]) / step).astype(int)
-    b = b[np.ix_(*(np.clip(np.arange(n) + s, 0, m - 1) for n, s, m in zip(a.shape, shift, b.shape, strict=True)))]
+    b = _onto(a, b, spacing)
     if weight in (0, 1):
         return (b if weight else a).astype(np.result_type(a, b))
-    (centre_a, spread_a), (centre_b, spread_b) = _moments(a, spacing), _moments(b, spacing)
-    stretch = _transport(spread_a, spread_b)
-    to_a = np.linalg.inv((1 - weight) * np.eye(3) + weight * stretch)
-    grid = np.indices(a.shape) * _column(step) - _column((1 - weight) * centre_a + weight * centre_b)
-    at_a = (_linear(to_a, grid) + _column(centre_a)) / _column(step)
-    at_b = (_linear(stretch @ to_a, grid) + _column(centre_b)) / _column(step)
+    at_a, at_b = positions_in_both(a, b, weight, np.indices(a.shape), spacing)
 
     values = [int(value) for value in np.union1d(a, b)]
     sizes = {v: round(((1 - weight) * np.cbrt((a == v).sum()) + weight * np.cbrt((b == v).sum())) ** 3) for v in values}
@@ -274,6 +267,26 @@ def interpolated(a: NDArray[Any], b: NDArray[Any], weight: float, spacing: Spaci
         return mean - _level(mean, sizes[value])
 
     return _deepest(((value, depth_of(value)) for value in values), np.result_type(a, b))
+
+
+def _onto(a: NDArray[Any], b: NDArray[Any], spacing: Spacing) -> NDArray[Any]:
+    """``b``, moved by whole voxels to the place of ``a`` and cut, or continued from its border, to its shape."""
+    shift = np.round((_moments(b, spacing)[0] - _moments(a, spacing)[0]) / np.array(spacing)).astype(int)
+    moved = (np.clip(np.arange(n) + s, 0, m - 1) for n, s, m in zip(a.shape, shift, b.shape, strict=True))
+    return b[np.ix_(*moved)]
+
+
+def positions_in_both(
+    a: NDArray[Any], b: NDArray[Any], weight: float, where: NDArray[Any], spacing: Spacing = ISOTROPIC
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Positions (3, ...) in ``a`` and ``b`` of those ``where`` in the map ``interpolated`` between them, in voxels."""
+    step = _column(spacing)
+    (centre_a, spread_a), (centre_b, spread_b) = _moments(a, spacing), _moments(b, spacing)
+    stretch = _transport(spread_a, spread_b)
+    to_a = np.linalg.inv((1 - weight) * np.eye(3) + weight * stretch)
+    away = where * step - _column((1 - weight) * centre_a + weight * centre_b)
+    at_a = (_linear(to_a, away) + _column(centre_a)) / step
+    return at_a, (_linear(stretch @ to_a, away) + _column(centre_b)) / step
 
 
 def _transport(first: NDArray[Any], second: NDArray[Any]) -> NDArray[np.float64]:
@@ -417,8 +430,11 @@ def new_label_map(
     mixing: float = MIXING,
     flips: bool = False,
     strength: float = 1.0,
-) -> tuple[NDArray[Any], tuple[int, ...]]:
+) -> tuple[NDArray[Any], tuple[int, ...], NDArray[np.float32]]:
     """A random new map on the grid of one of ``maps``, and the indices of its parents: that one, and maybe a second.
+
+    The third value (3, d, h, w) is where in the first parent each voxel comes from, in voxels: ``warp_image`` takes its
+    image along, exactly with one parent, in place, size and direction with two.
 
     A parent, with probability ``mixing`` interpolated with a second one, is deformed. Where the foreground then touches
     a face of the grid that the first parent's leaves free, or a class that all parents have is lost, the second
@@ -439,15 +455,20 @@ def new_label_map(
     parent = int(rng.integers(len(maps)))
     for attempt in range(TRIES):
         parents: tuple[int, ...] = (parent,)
-        new = maps[parent]
+        new, weight = maps[parent], 0.0
         if rng.random() < mixing and len(maps) > 1:
-            partner = int((parent + rng.integers(1, len(maps))) % len(maps))
-            parents = (parent, partner)
-            new = interpolated(new, maps[partner], rng.uniform(*WEIGHT), spacing)
-        new = deformed(new, rng, spacing, strength=strength * WEAKER**attempt)
+            parents = (parent, int((parent + rng.integers(1, len(maps))) % len(maps)))
+            weight = rng.uniform(*WEIGHT)
+            new = interpolated(new, maps[parents[1]], weight, spacing)
+        new, where = deformed(new, rng, spacing, strength=strength * WEAKER**attempt)
+        if weight:
+            partner = _onto(maps[parent], maps[parents[1]], spacing)
+            where = positions_in_both(maps[parent], partner, weight, where, spacing)[0].astype(np.float32)
         shared = set.intersection(*(set(np.unique(maps[index]).tolist()) for index in parents))
         if not np.any(_touches(new) & ~_touches(maps[parent])) and shared <= set(np.unique(new).tolist()):
-            return (flipped(new) if flips and rng.random() < 0.5 else new), parents
+            if flips and rng.random() < 0.5:
+                return flipped(new), parents, where[:, ::-1]
+            return new, parents, where
     raise MedfusionError(
         f"label map {parent}: new maps made from it leave the field of view, or lose a class",
         tried=f"{TRIES} deformations, down to {WEAKER ** (TRIES - 1):.0%} of the strength",

@@ -135,7 +135,7 @@ def audit_cases(
     seen = [features([case.image.float().numpy() for case in cases]) for cases in (real, synthetic)]
     names = [case.name for case in real]
     near = {
-        "image": nearness(_standardised(small[0]), _standardised(small[1]), names),
+        "image": nearness(standardised(small[0]), standardised(small[1]), names),
         "features": nearness(seen[0], seen[1], names),
     }
     drawn = {name: pairwise_ms_ssim(images, PAIRS, seed) for name, images in zip(KINDS, small, strict=True)}
@@ -260,7 +260,7 @@ def _thumbnail(image: torch.Tensor, shape: Sequence[int]) -> NDArray[np.float32]
     return small
 
 
-def _standardised(images: NDArray[np.float32]) -> NDArray[np.float32]:
+def standardised(images: NDArray[np.float32]) -> NDArray[np.float32]:
     """(n, voxels) of mean 0 and length 1: the distance of two is (2 - 2 r)^(1/2) with their correlation r."""
     flat = images.reshape(len(images), -1)
     flat = flat - flat.mean(axis=1, keepdims=True)

@@ -31,7 +31,7 @@ from medfusion.io.training_set_output import (
 )
 from medfusion.prior import Prior, prior_path, read_metadata
 from medfusion.tasks.audit_synthetic import FEWEST, Audit, audit_cases
-from medfusion.tasks.draw_case import GUIDANCE, STEPS, draw_case, read_parent
+from medfusion.tasks.draw_case import GUIDANCE, STEPS, STRENGTH, WEAKEST, draw_case, read_parent
 from medfusion.tasks.plan_cases import Planner, insertions, new_maps, real_maps
 from medfusion.tasks.runner import Job, Run, Settings, pick_device, require_folder, run_jobs
 from medfusion.tasks.segmenter import prepared
@@ -47,7 +47,9 @@ class Request:
     Attributes
     ----------
     number : of cases; they are named ``synth-SEED-NUMBER``.
-    from_real : in (0, 1]: vary real cases, noised to this process time, instead of drawing new label maps.
+    strength : process time to which the first parent's image, moved along with its label map, is noised; as in
+        ``draw_case``.
+    from_real : the same for real cases with their own label maps, instead of new ones.
     insert : name of a label: put lesions of it into the cases that have none.
     classes : CSV file that tells the class of each real case, as ``read_classes``; a new one is told that of its first
         parent.
@@ -58,6 +60,7 @@ class Request:
     """
 
     number: int
+    strength: float = STRENGTH
     from_real: float | None = None
     insert: str = ""
     classes: str = ""
@@ -77,12 +80,12 @@ def check_request(input: Path, output: Path, request: Request) -> TrainingSet:
     ------
     MedfusionError : as ``augment``.
     """
-    from_real = request.from_real
     if request.number < 1:
         raise MedfusionError(f"-n {request.number}: at least one case must be asked for")
-    if from_real is not None and not 0 < from_real <= 1:
-        raise MedfusionError(f"--from-real {from_real}: a process time above 0 and up to 1")
-    if from_real is not None and request.insert:
+    for option, value in (("--strength", request.strength), ("--from-real", request.from_real)):
+        if value is not None and not WEAKEST <= value <= 1:
+            raise MedfusionError(f"{option} {value}: a process time from {WEAKEST} to 1")
+    if request.from_real is not None and request.insert:
         raise MedfusionError("--from-real and --insert are two ways to a new case", fix="choose one of them")
     require_folder(output)
     check_output(output, input)
@@ -262,7 +265,8 @@ def _make(
         prior,
         plan.labels if prior.config.network.labels else None,
         name=name,
-        strength=1.0 if request.from_real is None else request.from_real,
+        strength=request.strength if request.from_real is None else request.from_real,
+        moved=plan.moved,
         drawn=plan.drawn,
         guidance=request.guidance,
         steps=request.steps,

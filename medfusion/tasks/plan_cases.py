@@ -1,6 +1,6 @@
 """Plan new cases from those of a training set: which label map each shows, whose scan it is in, what of it is drawn.
 
-a new map   deformed, mirrored, between two cases; all of the image is drawn given the map
+a new map   deformed, mirrored, between two cases; the parent's image goes along, is noised and drawn anew
 from real   the map of a real case; its image is noised in part and rebuilt, so texture and contrast are new
 insert      a lesion of one case in a scan that has none; only what lies in and around it is drawn
 """
@@ -47,10 +47,15 @@ class Maps(Sequence[NDArray[Any]]):
 
 
 class Plan(NamedTuple):
-    """A case to be made: its real parents, the first of which lends grid and units; the map; what alone is drawn."""
+    """A case to be made: its real parents, the first of which lends grid, units and image; the label map.
+
+    ``moved`` (3, d, h, w) is where in the parent's image each voxel comes from, None: it stays; ``drawn`` (d, h, w)
+    what alone is drawn anew.
+    """
 
     parents: tuple[TrainingCase, ...]
     labels: NDArray[Any]
+    moved: NDArray[np.float32] | None = None
     drawn: NDArray[np.bool_] | None = None
 
 
@@ -63,8 +68,8 @@ def new_maps(real: TrainingSet, spacing: float, flips: bool) -> Planner:
     maps = Maps([case for case, labels in zip(everyone.cases, everyone, strict=True) if labels.any()], spacing)
 
     def plan(number: int, rng: np.random.Generator) -> Plan:
-        labels, parents = new_label_map(maps, rng, (spacing,) * 3, flips=flips)
-        return Plan(tuple(maps.cases[index] for index in parents), labels)
+        labels, parents, where = new_label_map(maps, rng, (spacing,) * 3, flips=flips)
+        return Plan(tuple(maps.cases[index] for index in parents), labels, where)
 
     return plan
 
@@ -105,6 +110,7 @@ def insertions(real: TrainingSet, name: str, spacing: float) -> Planner:
         within = foreground(scan.array) if 0 in hosts else None  # the background holds air too
         allowed = occurrence(maps[into], value, hosts, within)
         labels, placed = place(maps[into], shape, value, allowed, rng)
-        return Plan((maps.cases[into], maps.cases[source]), labels, ndimage.binary_dilation(placed, iterations=MARGIN))
+        drawn = ndimage.binary_dilation(placed, iterations=MARGIN)
+        return Plan((maps.cases[into], maps.cases[source]), labels, drawn=drawn)
 
     return plan

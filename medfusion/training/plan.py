@@ -43,12 +43,13 @@ def plan_config(real: TrainingSet) -> Config:
         {
             "name": re.sub(r"[^a-z0-9_-]+", "-", real.root.absolute().name.lower()).strip("-_") or "prior",
             "label_names": [names.get(value, f"label {value}") for value in range(number)],
-            "network": {"channels": (48, 96, 128), "blocks": (2, 2, 2), "located": False, "labels": number},
+            "network": {"channels": (48, 96, 128), "blocks": (2, 2, 2), "labels": number},
             "preprocessing": {"modality": "CT" if real.channel == "CT" else "MR", "spacing": spacing},
             "data": {
                 "labels": "*",
                 "unlabelled": bool(real.unlabelled),
                 "zoomed_share": 0,
+                "located_share": 0.9,  # what lies around the labels is known by where it lies
                 "flips": "" if lateral(real.label_names) else "x",
                 "validation": max(1, min(8, len(real.cases) // 10)),
                 "crop": int(np.clip(16 * (shortest // 16), 16, LARGEST)),

@@ -8,7 +8,6 @@ from skimage.measure import euler_number
 
 from medfusion.data import label_maps
 from medfusion.data.label_maps import (
-    deformed,
     displacement,
     flipped,
     host_labels,
@@ -50,6 +49,11 @@ def ball(radius, *args):
 def torus(shape=SHAPE, ring=11.0, tube=3.5):
     x, y, z = world(shape)
     return (np.hypot(x, y) - ring) ** 2 + z**2 < tube**2
+
+
+def deformed(*args, **options):
+    """The map alone."""
+    return label_maps.deformed(*args, **options)[0]
 
 
 def halves():
@@ -496,7 +500,8 @@ def test_new_maps_lie_on_their_first_parents_grid_and_name_their_parents() -> No
     before = [labels.copy() for labels in maps]
     seen, mixed = set(), 0
     for seed in range(45):
-        new, parents = new_label_map(maps, rng(seed))
+        new, parents, where = new_label_map(maps, rng(seed))
+        assert where.shape == (3, *new.shape)
         assert new.shape == maps[parents[0]].shape
         assert new.dtype == np.uint8
         assert set(np.unique(new)) == {0, 1, 2}
@@ -524,6 +529,18 @@ def test_mixing_and_flips_are_asked_for() -> None:
     assert not any(ndimage.center_of_mass(new_label_map([left], rng(s))[0] > 0)[0] > 19.5 for s in range(10))
 
 
+def test_an_image_goes_along_with_a_new_map() -> None:
+    maps = family()
+    for seed in range(10):
+        new, parents, where = new_label_map(maps, rng(seed), mixing=0, flips=True)
+        np.testing.assert_array_equal(warp_labels(maps[parents[0]], where), new)
+        new, parents, where = new_label_map(maps, rng(seed), mixing=1, flips=True)
+        moved, old = warp_labels(maps[parents[0]], where) > 0, maps[parents[0]] > 0
+        overlap = 2 * (moved & (new > 0)).sum() / (moved.sum() + (new > 0).sum())
+        assert overlap > 0.85  # what is left is the shape that was interpolated
+        assert overlap > 2 * (old & (new > 0)).sum() / (old.sum() + (new > 0).sum())
+
+
 def test_the_foreground_stays_in_the_field_of_view() -> None:
     tight = halves()
     low, high = np.argwhere(tight).min(axis=0) - 1, np.argwhere(tight).max(axis=0) + 2
@@ -532,7 +549,7 @@ def test_the_foreground_stays_in_the_field_of_view() -> None:
     made = 0
     for seed in range(20):
         try:
-            new, _ = new_label_map([tight, tight[:, :-1]], rng(seed), mixing=0.3)
+            new, *_ = new_label_map([tight, tight[:, :-1]], rng(seed), mixing=0.3)
         except MedfusionError:
             continue
         made += 1
@@ -573,14 +590,14 @@ def dice(a, b):
 def test_new_hippocampi_vary_as_people_do(real_data) -> None:
     real = hippocampi(real_data)
     made = [new_label_map(real, rng(s)) for s in range(80)]
-    new = [labels for labels, _ in made]
+    new = [labels for labels, *_ in made]
     np.testing.assert_array_less(spread(new) / spread(real), 1.6)
     np.testing.assert_array_less(0.8, spread(new) / spread(real))
     pairs = rng().integers(80, size=(300, 2))
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     people, children = (np.median([dice(maps[i], maps[j]) for i, j in pairs]) for maps in (real, new))
     assert people - 0.06 < children < people + 0.04
-    own = np.median([dice(labels, real[parents[0]]) for labels, parents in made])
+    own = np.median([dice(labels, real[parents[0]]) for labels, parents, _ in made])
     assert people + 0.05 < own < 0.87
     assert np.mean([pieces(labels == value) > 1 for labels in new for value in (1, 2)]) < 0.03
 

@@ -119,6 +119,35 @@ def test_generation_from_a_real_case_keeps_its_label_map_and_as_much_of_it_as_as
     assert apart[0] < apart[1] < apart[2]
 
 
+def test_the_parents_image_goes_along_with_the_new_map(real: Path, tmp_path: Path) -> None:
+    prior = saved(conditional_prior(), tmp_path)
+    for strength in (0.02, 0.5):
+        made_by(real, tmp_path / str(strength), prior, number=4, strength=strength, steps=2, guidance=1.0)
+    for case in content(tmp_path / "0.02" / "manifest.json"):
+        image, labels = pair(tmp_path / "0.02", case["case"])
+        parent = label_map(int(case["parents"][0].removeprefix("case")))
+        shown, before = (
+            np.corrcoef(np.array(BRIGHTNESS)[one].ravel(), image.ravel())[0, 1] for one in (labels, parent)
+        )
+        assert shown > 0.9
+        assert shown > before
+        more, _ = pair(tmp_path / "0.5", case["case"])
+        assert np.abs(more - image).mean() > 0.1 * UNIT
+
+
+def test_at_strength_1_nothing_of_the_parents_image_is_left(tmp_path: Path) -> None:
+    write_pair(tmp_path / "images" / "a.nii.gz", tmp_path / "labels" / "a.nii.gz", 1)
+    [case] = read_training_set(tmp_path).cases
+    prior = conditional_prior()
+    parent, away = read_parent(case, prior), np.indices(SHAPE).astype(np.float32) + 3
+    for strength, same in ((1.0, True), (0.9, False)):
+        stays, goes = (
+            draw_case(parent, prior, label_map(1), name="a", strength=strength, moved=moved, steps=2).array
+            for moved in (None, away)
+        )
+        assert np.array_equal(stays, goes) == same
+
+
 def test_from_real_takes_every_case_in_turn(real: Path, tmp_path: Path, prior: str) -> None:
     made_by(real, tmp_path / "out", prior, number=12, from_real=0.3, steps=2)
     parents = [case["parents"] for case in content(tmp_path / "out" / "manifest.json")]
@@ -176,7 +205,8 @@ def test_a_lesion_is_inserted_and_the_rest_of_the_scan_stays(tmp_path: Path, pri
     [
         ({"number": 0}, "at least one case"),
         ({"number": 1, "from_real": 0.5, "insert": "front"}, "two ways"),
-        ({"number": 1, "from_real": 1.5}, "process time"),
+        ({"number": 1, "from_real": 1.5}, "--from-real 1.5: a process time"),
+        ({"number": 1, "strength": 0.0}, "--strength 0.0: a process time"),
         ({"number": 1, "insert": "lesion"}, "no such label"),
         ({"number": 1, "insert": "front"}, "every case has it"),
         ({"number": 1, "class_name": "ill"}, "--class ill"),

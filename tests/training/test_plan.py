@@ -18,6 +18,7 @@ def test_the_plan_follows_the_set(tmp_path: Path) -> None:
     assert config.name == "dataset001_body"
     assert config.label_names == tuple(NAMES)
     assert config.network.labels == 3
+    assert config.network.located
     assert config.preprocessing.spacing == SPACING
     assert config.preprocessing.modality == "MR"
     assert config.data.crop == 16 * (min(SHAPE) // 16)
