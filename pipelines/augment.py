@@ -38,7 +38,7 @@ from medfusion.tasks.segmenter import prepared
 from medfusion.training import load_training_set, train
 
 CONFIG = Path(__file__).parent.parent / "configs" / "hippocampus.yaml"
-UNLABELLED_STEPS, LABELLED_STEPS = 2400, 300
+UNLABELLED_STEPS, LABELLED_STEPS = 6000, 300
 LABELLED_RATE = 1.0e-3  # of the second training: half that of the first
 SEGMENTER = SegmenterConfig(crop=32, steps=3000)
 CLASSES = 3

@@ -10,7 +10,8 @@ import nibabel
 import numpy as np
 import pytest
 import torch
-from prior_factory import CENTRE, grid, head
+from prior_factory import CENTRE, grid, head, random_prior, saved, tiny_config
+from segmentation_factory import painting_prior, write_pair
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 CONFIG = """
@@ -105,3 +106,34 @@ def test_cost_of_a_step(tmp_path: Path) -> None:
     assert row[:3] == ["16^3", "8, 16", "0.1 M"]
     assert len(row) == len(head)
     assert all(float(cell.replace(",", "")) > 0 for cell in row[3:5])
+
+
+@pytest.fixture
+def hippocampi(tmp_path: Path) -> Path:
+    """Labelled phantoms where the benchmarks of augmentation look for cases."""
+    for kind, first in (("train", 0), ("dev", 20)):
+        for seed in range(first, first + 12):
+            folder = tmp_path / "hippocampus" / kind
+            write_pair(folder / "images" / f"{seed}.nii.gz", folder / "labels" / f"{seed}.nii.gz", seed)
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_cost_and_quality_of_synthetic_cases(tmp_path: Path, hippocampi: Path) -> None:
+    prior = saved(painting_prior(), tmp_path)
+    printed = run("generation.py", "--prior", prior, "--cases", "4", "--judge-steps", "2", data=hippocampi)
+    rows = [line.split() for line in printed.splitlines()]
+    textures = {tuple(row[:-6]): float(row[-3]) for row in rows if row and row[0] in ("dpm_solver", "ddpm", "real")}
+    assert textures.pop(("real",)) == pytest.approx(1, abs=0.2)  # of the phantoms: noise, and their edges
+    assert len(textures) == 13
+    assert max(textures.values()) < 0.97  # this prior paints no noise
+
+
+@pytest.mark.slow
+def test_ways_to_show_a_label_map(tmp_path: Path, hippocampi: Path) -> None:
+    layers = {"channels": (48, 96, 128), "blocks": (2, 2, 2)}
+    prior = saved(random_prior(config=tiny_config(network=layers)), tmp_path)
+    sizes = ("--labelled", "3", "--steps", "2", "--judged", "1", "--judge-steps", "2")
+    printed = run("conditioning.py", "--start", prior, *sizes, data=hippocampi)
+    assert "channels" in printed
+    assert "spade" in printed
