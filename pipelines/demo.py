@@ -160,7 +160,9 @@ def main() -> None:
         SAMPLES / "lesions", OUT / "detected", prior="brain-t1", method="default", overwrite=True, resume=False
     )
     shutil.rmtree(OUT / "augmented", ignore_errors=True)  # cases of an earlier demo would stay in the dataset
-    request = Request(8)
+    request = Request(
+        8, strength=0.95
+    )  # the samples have nothing in common but their layout (sample_data/make_hippocampi.py)
     runs["augmented"], audit = augment_and_report(
         SAMPLES / "hippocampi", OUT / "augmented", request, prior="hippocampus", audit_steps=300
     )

@@ -10,6 +10,7 @@ from prior_factory import saved, tiny_config
 from segmentation_factory import painting_prior, write_set
 
 from medfusion.io.training_set import read_training_set
+from medfusion.prior import read_metadata
 
 QUICK = ("--steps", 1, "--audit-steps", 2)
 
@@ -53,8 +54,8 @@ def test_a_prior_is_learnt_where_none_is_named_and_kept(tmp_path: Path, real: Pa
     table.write_text("case,class\n" + "".join(f"{case.name},F\n" for case in read_training_set(real).cases))
     done = medfusion("augment", real, out, "-n", 1, "--config", path, "--classes", table, *QUICK)
     assert done.returncode == 0, done.stderr
-    assert json.loads((out / "manifest.json").read_text())[0]["class_name"] == "F"
     prior = out / "prior" / "prior.safetensors"
+    assert read_metadata(prior)[0].network.classes == ("F",)
     made = prior.stat().st_mtime_ns
     done = medfusion("augment", real, out, "-n", 2, "--config", path, "--resume", *QUICK)
     assert done.returncode == 0, done.stderr
