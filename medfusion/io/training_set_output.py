@@ -30,7 +30,7 @@ DESCRIPTIONS = {False: "dataset.json", True: "dataset_description.json"}  # by w
 BIDS_VERSION = "1.10.0"
 Fold = dict[str, list[str]]  # "train" and "val" to names, as in splits_final.json
 PARTICIPANTS = {
-    "synthetic": {"Description": "true: the image was generated, it shows no person"},
+    "synthetic": {"Description": "true: the image was generated, in part from that of its first parent"},
     "parents": {"Description": "the real cases it was made from, with commas between them"},
 }
 
@@ -223,7 +223,10 @@ def _write_bids(output: Path, real: TrainingSet, synthetic: Sequence[dict[str, A
     people = [(_subject(case["case"]), "true", ",".join(case["parents"]) or "n/a") for case in synthetic]
     for case in synthetic:
         for image in output.glob(f"{_subject(case['case'])}/anat/*.nii*"):
-            sidecar = {"Description": "Synthetic, it shows no person", "SkullStripped": bool(case.get("stripped"))}
+            sidecar = {
+                "Description": "Synthetic, made in part from the image of its first parent",
+                "SkullStripped": bool(case.get("stripped")),
+            }
             _write_json(image.with_name(image.name.split(".")[0] + ".json"), sidecar)
     _write(output / ".bidsignore", f"{MANIFEST}\nrun.json\n")
     _write_json(output / "participants.json", PARTICIPANTS)

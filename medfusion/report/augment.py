@@ -32,7 +32,10 @@ def augment_sections(input: Path, output: Path, run: Run, audit: Audit) -> list[
     """Pictures, the audit and the run, for ``write_report``."""
     real = read_training_set(input).labelled
     made = set(audit.cases) - set(audit.dropped)
-    blocks: list[Block] = ["Every case is synthetic and shows no person; manifest.json names the parents of each."]
+    blocks: list[Block] = [
+        "Every case is synthetic, but an image begins with that of its first parent and keeps the more of it the lower "
+        "the strength: treat it as that person's. manifest.json names strength and parents of each."
+    ]
     if made:
         synthetic = [case for case in read_training_set(output).labelled if case.image.is_relative_to(output)]
         for kind, cases in (("Synthetic", synthetic), ("Real", real)):

@@ -581,7 +581,10 @@ def test_bids_description(tmp_path: Path) -> None:
     ]
     for number, stripped in ((1, False), (2, True)):
         sidecar = read_json(output / f"sub-synthx0x000{number}/anat/sub-synthx0x000{number}_T1w.json")
-        assert sidecar == {"Description": "Synthetic, it shows no person", "SkullStripped": stripped}
+        assert sidecar == {
+            "Description": "Synthetic, made in part from the image of its first parent",
+            "SkullStripped": stripped,
+        }
     again = read_training_set(output)
     assert [case.name for case in again.labelled] == ["sub-synthx0x0001_T1w", "sub-synthx0x0002_T1w"]
     assert again.label_names == LABELS
