@@ -226,6 +226,7 @@ def make_cases(
         return drawn
 
     files = tuple(path for case in real.labelled for path in (case.image, case.labels) if path)
+    files += (Path(request.classes),) if request.classes else ()
     names = [f"synth-{request.seed}-{index + 1:04d}" for index in range(request.number)]
     planned = {name: {"case": name, "parents": []} for name in names}
     check_synthetic(output, real, list((planned | entries).values()), bids=request.bids)

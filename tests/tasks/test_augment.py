@@ -247,6 +247,17 @@ def test_a_new_case_is_told_the_class_of_its_parent(real: Path, tmp_path: Path) 
     np.testing.assert_array_equal(made["both"][0][1], made["b"][0][1])
 
 
+def test_cases_are_made_anew_when_the_table_of_classes_has_changed(real: Path, tmp_path: Path) -> None:
+    asked: dict[str, Any] = {"number": 1, "from_real": 1.0, "steps": 1, "classes": str(tmp_path / "classes.csv")}
+    prior, out = saved(conditional_prior(), tmp_path), tmp_path / "out"
+    table_of_classes(tmp_path / "classes.csv", "ababababab")
+    made_by(real, out, prior, **asked)
+    assert [case.status for case in made_by(real, out, prior, resume=True, **asked).cases] == ["skipped"]
+    table_of_classes(tmp_path / "classes.csv", "bbabababab")
+    assert [case.status for case in made_by(real, out, prior, resume=True, **asked).cases] == ["done"]
+    assert content(out / "manifest.json")[0]["class_name"] == "b"
+
+
 def test_classes_that_the_prior_does_not_know(real: Path, tmp_path: Path) -> None:
     prior, table = saved(conditional_prior(), tmp_path), table_of_classes(tmp_path / "classes.csv", "abcbababab")
     with pytest.raises(MedfusionError, match="does not fit") as error:
