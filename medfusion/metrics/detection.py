@@ -1,4 +1,4 @@
-"""Detection: voxel-wise measures from counts of half-precision scores, lesion-wise FROC, intervals over patients.
+"""Detection: voxel-wise measures from counts of half-precision scores, lesion-wise FROC.
 
 A histogram with one bin for each half-precision number is small, loses nothing of scores stored in half precision, and
 adds up over cases. Every measure of a ranking follows from it exactly, so that no volume has to be kept.
@@ -6,7 +6,7 @@ adds up over cases. Every measure of a ranking follows from it exactly, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,6 @@ LARGEST = float(np.finfo(np.float16).max)
 # (BINS,) the number of each bin; the bins of infinity and nan, towards both ends, stay empty
 _BITS = np.where(np.arange(BINS) < ZERO, 2 * ZERO - np.arange(BINS), np.arange(BINS) - ZERO)
 VALUES: NDArray[np.float32] = _BITS.astype(np.uint16).view(np.float16).astype(np.float32)
-BATCH = 2**22  # numbers in one batch of the bootstrap
 
 
 def voxel_counts(score: NDArray[Any], truth: NDArray[Any], inside: NDArray[Any] | None = None) -> NDArray[np.int64]:
@@ -180,37 +179,3 @@ def scan_auroc(scores: ArrayLike, ill: ArrayLike) -> float:
     if not pairs:
         return float("nan")
     return float((stats.rankdata(scores)[ill].sum() - many * (many + 1) / 2) / pairs)
-
-
-def bootstrap(
-    statistic: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    cases: NDArray[Any],
-    groups: Sequence[str] | None = None,
-    draws: int = 1000,
-    seed: int = 0,
-) -> tuple[float, float]:
-    """95 % percentile interval of a statistic of sums over cases, patients drawn with replacement.
-
-    Parameters
-    ----------
-    statistic : takes b sums over cases (b, ...) and returns (b,) values; those that are nan are left out.
-    cases : (n, ...) summands, such as the ``compact`` counts of n scans. ``np.eye(n)`` hands ``statistic`` the number
-        of times that each case was drawn, for statistics that are no function of a sum.
-    groups : the patient of each case; all scans of a patient are drawn together. None: each case is a patient.
-
-    Returns
-    -------
-    The 2.5th and 97.5th percentile of ``draws`` values; (nan, nan) when all of them are nan.
-    """
-    patients, patient = np.unique(np.arange(len(cases)) if groups is None else groups, return_inverse=True)
-    if len(patient) != len(cases):
-        raise ValueError(f"{len(cases)} cases need as many groups, got {len(patient)}")
-    table = cases.reshape(len(cases), -1).astype(np.float64)
-    rng = np.random.default_rng(seed)
-    times = rng.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size=draws)[:, patient]
-    step = max(1, BATCH // table.shape[1])
-    sums = ((times[k : k + step] @ table).reshape(-1, *cases.shape[1:]) for k in range(0, draws, step))
-    values = np.concatenate([statistic(batch) for batch in sums])
-    values = values[~np.isnan(values)]
-    low, high = np.percentile(values, (2.5, 97.5)) if len(values) else (np.nan, np.nan)
-    return float(low), float(high)

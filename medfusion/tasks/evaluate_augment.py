@@ -29,7 +29,7 @@ from medfusion.io.output import check_output
 from medfusion.io.training_set import TrainingCase, TrainingSet, read_training_set
 from medfusion.io.training_set_check import check_training_set
 from medfusion.io.training_set_output import MANIFEST, case_files, read_manifest
-from medfusion.metrics.detection import bootstrap
+from medfusion.metrics.intervals import bootstrap
 from medfusion.tasks.runner import environment, pick_device
 from medfusion.tasks.segmenter import mean_dice, prepared, segment, train_segmenter
 

@@ -20,7 +20,6 @@ from medfusion.metrics.detection import (
     auroc,
     average_precision,
     best_dice,
-    bootstrap,
     compact,
     froc,
     match_lesions,
@@ -28,6 +27,7 @@ from medfusion.metrics.detection import (
     scan_auroc,
     voxel_counts,
 )
+from medfusion.metrics.intervals import bootstrap
 from medfusion.reference import CLUSTER_P, weigh
 from medfusion.tasks.detect import Detection
 
@@ -201,7 +201,7 @@ def quotient(sums: NDArray[Any]) -> NDArray[np.float64]:
 def estimate(
     statistic: Callable[[NDArray[Any]], NDArray[np.float64]], cases: NDArray[Any], patients: Sequence[str]
 ) -> Estimate:
-    """A statistic of sums over cases with its interval; arguments as of ``medfusion.metrics.detection.bootstrap``."""
+    """A statistic of sums over cases with its interval; arguments as of ``medfusion.metrics.intervals.bootstrap``."""
     value = float(statistic(cases.sum(axis=0)[None])[0])
     interval = bootstrap(statistic, cases, patients) if len(set(patients)) > 1 else (math.nan, math.nan)
     return Estimate(value, *interval)

@@ -12,7 +12,6 @@ from medfusion.metrics.detection import (
     auroc,
     average_precision,
     best_dice,
-    bootstrap,
     compact,
     dice_above,
     froc,
@@ -21,6 +20,7 @@ from medfusion.metrics.detection import (
     scan_auroc,
     voxel_counts,
 )
+from medfusion.metrics.intervals import bootstrap
 
 NOTHING = np.zeros((2, BINS), np.int64)
 
@@ -176,38 +176,6 @@ def test_scan_auroc_is_that_of_scikit_learn() -> None:
     assert math.isnan(scan_auroc([1, 2], [1, 1]))
 
 
-def test_the_interval_of_a_mean_is_the_standard_error() -> None:
-    values = np.random.default_rng(0).normal(3, 2, 400)
-    cases = np.stack([values, np.ones(400)], axis=1)
-    low, high = bootstrap(lambda sums: sums[:, 0] / sums[:, 1], cases, draws=4000)
-    error = 1.96 * values.std() / 20
-    assert (low, high) == pytest.approx((values.mean() - error, values.mean() + error), abs=0.03)
-    assert bootstrap(lambda sums: sums[:, 0], cases, seed=1) == bootstrap(lambda sums: sums[:, 0], cases, seed=1)
-
-
-def test_scans_of_a_patient_are_drawn_together() -> None:
-    """Four copies of each patient's scan say no more than one; taken for patients they would halve the interval."""
-    values = np.random.default_rng(0).normal(0, 1, 50)
-    cases = np.stack([values, np.ones(50)], axis=1)
-    copies, groups = np.tile(cases, (4, 1)), [f"patient {n}" for n in range(50)] * 4
-
-    def mean(sums):
-        return sums[:, 0] / sums[:, 1]
-
-    width = np.diff(bootstrap(mean, cases, draws=3000))
-    assert np.diff(bootstrap(mean, copies, groups, draws=3000)) == pytest.approx(width, rel=0.1)
-    assert np.diff(bootstrap(mean, copies, draws=3000)) == pytest.approx(width / 2, rel=0.1)
-
-    seen = []
-    bootstrap(lambda times: seen.append(times) or times[:, 0], np.eye(6), list("aabbbc"), draws=50)
-    times = np.concatenate(seen)
-    assert times.shape == (50, 6)
-    np.testing.assert_array_equal(times[:, [0, 2, 2]], times[:, [1, 3, 4]])
-    np.testing.assert_array_equal(times[:, 0] + times[:, 2] + times[:, 5], 3)  # as many patients as there are
-    with pytest.raises(ValueError, match="groups"):
-        bootstrap(mean, cases, ["a", "b"])
-
-
 def test_draws_without_a_value_are_left_out_and_batches_change_nothing(monkeypatch) -> None:
     """Counts of a dozen scans of which two have lesions: draws with neither have no average precision."""
     each = np.stack([voxel_counts(*scores_and_truth(seed, 500)) for seed in range(12)])
@@ -215,6 +183,6 @@ def test_draws_without_a_value_are_left_out_and_batches_change_nothing(monkeypat
     counts, _ = compact(each)
     low, high = bootstrap(average_precision, counts, draws=200)
     assert 0 < low < high < 1
-    monkeypatch.setattr("medfusion.metrics.detection.BATCH", 1)
+    monkeypatch.setattr("medfusion.metrics.intervals.BATCH", 1)
     assert bootstrap(average_precision, counts, draws=200) == pytest.approx((low, high), abs=1e-12)
     assert np.isnan(bootstrap(average_precision, counts[2:], draws=20)).all()
