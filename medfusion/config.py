@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from medfusion.errors import MedfusionError
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class Strict(BaseModel):
@@ -216,16 +218,7 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """The sections of a file over those of its ``base``; ``above`` are the files that build on it."""
     if path in above:
         raise MedfusionError(f"{path}: builds on itself, by base", files=" -> ".join(p.name for p in (*above, path)))
-    try:
-        tree: Any = yaml.safe_load(path.read_text())
-    except OSError as error:
-        raise MedfusionError(
-            f"{path}: cannot be read ({error.strerror})", fix="name a YAML file, see configs/"
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise MedfusionError(f"{path}: not valid YAML", problem=str(error).replace("\n", " ")) from error
-    if not isinstance(tree, dict):
-        raise MedfusionError(f"{path}: a config is a mapping of fields, see configs/")
+    tree = read_yaml(path)
     if "base" not in tree:
         return tree
     base = _read_tree(path.parent / str(tree.pop("base")), (*above, path))
@@ -264,8 +257,38 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
             if not isinstance(node, dict):
                 raise MedfusionError(f"--set {override}: {parent} is a value, not a section")
         node[leaf] = _parse(value)
+    return validated(Config, tree, path)
+
+
+def validated(model: type[Model], tree: dict[str, Any], path: Path) -> Model:
+    """The model that a mapping read from ``path`` describes.
+
+    Raises
+    ------
+    MedfusionError : a field is unknown or out of range; all are listed.
+    """
     try:
-        return Config.model_validate(tree)
+        return model.model_validate(tree)
     except ValidationError as error:
         rows = {".".join(map(str, e["loc"])) or "config": f"{e['msg']} (got {e['input']!r})" for e in error.errors()}
         raise MedfusionError(f"{path}: {len(rows)} setting(s) cannot be used", **rows) from error
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file.
+
+    Raises
+    ------
+    MedfusionError : the file cannot be read or is not a mapping.
+    """
+    try:
+        tree: Any = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise MedfusionError(
+            f"{path}: cannot be read ({error.strerror})", fix="name a YAML file, see configs/"
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise MedfusionError(f"{path}: not valid YAML", problem=str(error).replace("\n", " ")) from error
+    if not isinstance(tree, dict):
+        raise MedfusionError(f"{path}: a config is a mapping of fields, see configs/")
+    return tree

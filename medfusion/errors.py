@@ -1,5 +1,7 @@
 """The one family of user errors: what is wrong, where (named facts, one a line), how to mend it."""
 
+from collections.abc import Iterable
+
 
 class MedfusionError(Exception):
     """A mistake that the user can mend; the command line prints it as one short block, never as a traceback.
@@ -28,3 +30,9 @@ class MedfusionError(Exception):
         rows += [("Fix", self.fix)] if self.fix else []
         width = max((len(name) for name, _ in rows), default=0)
         return "\n".join([self.what, *(f"  {name:<{width}}  {value}" for name, value in rows)])
+
+
+def some(names: Iterable[object]) -> str:
+    """The first ten of many names, for a fact."""
+    listed = [str(name) for name in names]
+    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")

@@ -7,8 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from medfusion.errors import MedfusionError
-from medfusion.io.companions import some
+from medfusion.errors import MedfusionError, some
 
 
 def read_classes(path: Path, names: Sequence[str], known: Sequence[str] | None = None) -> dict[str, str]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
 import numpy as np
 
-from medfusion.errors import MedfusionError
+from medfusion.errors import MedfusionError, some
 from medfusion.io.discover import discover, read
 from medfusion.io.series import Series
 from medfusion.volume import Volume
@@ -120,9 +120,3 @@ def without(found: list[Series], exclude: Sequence[str]) -> tuple[list[Series], 
     if len(excluded) == len(found):
         raise MedfusionError(f"--exclude leaves none of {len(found)} scan(s)", fix="exclude fewer")
     return [series for series in found if series.name not in excluded], excluded
-
-
-def some(names: Iterable[str]) -> str:
-    """The first ten of many names."""
-    listed = list(names)
-    return ", ".join(listed[:10]) + (f" and {len(listed) - 10} more" if len(listed) > 10 else "")

@@ -16,8 +16,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from medfusion.errors import MedfusionError
-from medfusion.io.companions import some
+from medfusion.errors import MedfusionError, some
 from medfusion.io.discover import discover, read
 from medfusion.io.nifti import SUFFIXES
 from medfusion.volume import Volume

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from medfusion.errors import MedfusionError
-from medfusion.io.companions import read_labels, some
+from medfusion.errors import MedfusionError, some
+from medfusion.io.companions import read_labels
 from medfusion.io.discover import discover, read
 from medfusion.io.training_set import TrainingCase, TrainingSet, raise_any
 

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 
 from medfusion import __version__
-from medfusion.errors import MedfusionError
-from medfusion.io.companions import some
+from medfusion.errors import MedfusionError, some
 from medfusion.io.output import staged
 from medfusion.io.training_set import CHANNEL, TrainingSet
 

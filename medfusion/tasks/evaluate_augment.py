@@ -22,9 +22,8 @@ from numpy.typing import NDArray
 
 from medfusion.config import PreprocessingConfig, SegmenterConfig
 from medfusion.data.crops import Case
-from medfusion.errors import MedfusionError
+from medfusion.errors import MedfusionError, some
 from medfusion.io import discover, staged
-from medfusion.io.companions import some
 from medfusion.io.output import check_output
 from medfusion.io.training_set import TrainingCase, TrainingSet, read_training_set
 from medfusion.io.training_set_check import check_training_set

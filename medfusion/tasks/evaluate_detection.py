@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from medfusion.errors import MedfusionError
+from medfusion.errors import MedfusionError, some
 from medfusion.io import Series, read, staged
-from medfusion.io.companions import check_patterns, companion, read_beside, scans_called, some
+from medfusion.io.companions import check_patterns, companion, read_beside, scans_called
 from medfusion.metrics.detection import auroc, average_precision
 from medfusion.prior import Prior
 from medfusion.tasks.detect import detect_volume

@@ -17,10 +17,10 @@ from torch.utils.data import DataLoader, Dataset
 from medfusion.config import Config, DataConfig
 from medfusion.data.cache import cache_file, load_case, save_case
 from medfusion.data.crops import STRIPPED, UNKNOWN, WHOLE_HEAD, Case, prepare, stripped
-from medfusion.errors import MedfusionError
+from medfusion.errors import MedfusionError, some
 from medfusion.io import Series, discover, read
 from medfusion.io.classes import read_classes
-from medfusion.io.companions import check_patterns, companion, read_beside, read_labels, some, without
+from medfusion.io.companions import check_patterns, companion, read_beside, read_labels, without
 from medfusion.io.training_set import TrainingSet
 from medfusion.training.audit import Audit, Scan, measure
 
