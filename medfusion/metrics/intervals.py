@@ -48,12 +48,19 @@ def resampled(
     patients, patient = np.unique(np.arange(len(cases)) if groups is None else groups, return_inverse=True)
     if len(patient) != len(cases):
         raise ValueError(f"{len(cases)} cases need as many groups, got {len(patient)}")
-    table = cases.reshape(len(cases), -1).astype(np.float64)
+    table = np.zeros((len(patients), cases[0].size))
+    np.add.at(table, patient, cases.reshape(len(cases), -1))
+    # patients with the same summands are drawn as one kind: of rare errors there are few kinds
+    _, first, counts = np.unique(table, axis=0, return_index=True, return_counts=True)
+    order = np.argsort(first)
+    kinds, share = table[first[order]], counts[order] / len(patients)
     rng = np.random.default_rng(seed)
-    times = rng.multinomial(len(patients), np.full(len(patients), 1 / len(patients)), size=draws)[:, patient]
-    step = max(1, BATCH // table.shape[1])
-    sums = ((times[k : k + step] @ table).reshape(-1, *cases.shape[1:]) for k in range(0, draws, step))
-    return np.concatenate([statistic(batch) for batch in sums])
+    step = max(1, BATCH // max(kinds.shape))
+    values = []
+    for begin in range(0, draws, step):
+        times = rng.multinomial(len(patients), share, size=min(step, draws - begin)).astype(np.float64)
+        values.append(statistic((times @ kinds).reshape(-1, *cases.shape[1:])))
+    return np.concatenate(values)
 
 
 def bootstrap(

@@ -1,0 +1,106 @@
+"""Tags: what reviewers saw in each case. A CSV file with the columns case, reviewer, tag and comment.
+
+A row for each tag of a case; a case that was looked at and has no tag has one row with an empty tag.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from medfusion.analysis.tables import check_columns, read_table
+from medfusion.errors import MedfusionError, some
+from medfusion.metrics.intervals import bootstrap
+
+WRONG_LABEL = "label is wrong"  # always among the tags: the case is no error of the system
+
+
+def read_tags(path: Path) -> pd.DataFrame:
+    """The columns case, reviewer, tag and comment of a CSV file; the last two of the four may be "".
+
+    Raises
+    ------
+    MedfusionError : it cannot be read, lacks the column case or tag, or a row names no case.
+    """
+    table = read_table(path)
+    try:
+        check_columns(table, {"case", "tag"})
+    except MedfusionError as error:
+        raise MedfusionError(
+            f"{path}: {error.what}", fix="the first line is: case,reviewer,tag,comment", **error.facts
+        ) from error
+    for column in ("reviewer", "comment"):
+        table[column] = table.get(column, "")
+    table = table[["case", "reviewer", "tag", "comment"]].apply(lambda column: column.str.strip())
+    if (table["case"] == "").any():
+        raise MedfusionError(f"{path}: rows without a case", rows=some(table.index[table["case"] == ""] + 2))
+    return table
+
+
+def tag_matrix(tags: pd.DataFrame) -> pd.DataFrame:
+    """Bool, a row for each case that was looked at and a column for each tag; both sorted.
+
+    Of a case with several reviewers a tag counts that at least half of them gave.
+    """
+    looked = tags.groupby("case")["reviewer"].nunique()
+    given = tags[tags["tag"] != ""].drop_duplicates(["case", "reviewer", "tag"])
+    votes = pd.crosstab(given["case"], given["tag"]).reindex(looked.index, fill_value=0)
+    return votes.ge(looked / 2, axis=0) & (votes > 0)
+
+
+def cohen_kappa(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
+    """Agreement of two raters beyond chance, -1 to 1 (Cohen 1960); nan where chance alone agrees in all cases."""
+    return float(_kappa(_four(first, second).sum(axis=0)))
+
+
+def _four(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """(n, 4) which of both, first only, second only, none each case is."""
+    return np.stack([first & second, first & ~second, ~first & second, ~first & ~second], axis=1)
+
+
+def _kappa(counts: NDArray[np.float64]) -> NDArray[np.float64]:
+    """(...,) of counts (..., 4)."""
+    both, one, other, none = np.moveaxis(np.asarray(counts, np.float64) / np.sum(counts, axis=-1, keepdims=True), -1, 0)
+    observed, first, second = both + none, both + one, both + other
+    chance = first * second + (1 - first) * (1 - second)
+    return np.divide(observed - chance, 1 - chance, out=np.full_like(chance, np.nan), where=chance < 1)
+
+
+def agreement(tags: pd.DataFrame, patients: pd.Series | None = None) -> pd.DataFrame:
+    """How two reviewers agree, a row for each tag that one of them gave: cases, both, first, second, kappa, low, high.
+
+    Parameters
+    ----------
+    tags : as ``read_tags`` returns them, of two reviewers; cases that both looked at count.
+    patients : the patient of each case, by its name; None: each case is a patient. The interval (95 %) is a bootstrap
+        over them.
+
+    Raises
+    ------
+    MedfusionError : there are not two reviewers, or they looked at no case both.
+    """
+    names = sorted(tags["reviewer"].unique())
+    if len(names) != 2:
+        raise MedfusionError(f"agreement is of two reviewers, and there are {len(names)}", reviewers=some(names))
+    one, two = (tag_matrix(tags[tags["reviewer"] == name]) for name in names)
+    shared = one.index.intersection(two.index)
+    if shared.empty:
+        raise MedfusionError("the two reviewers looked at no case both", reviewers=some(names))
+    who = shared.to_numpy() if patients is None else patients.reindex(shared).to_numpy()
+    rows = {}
+    for tag in one.columns.union(two.columns):
+        first, second = (_column(each, tag, shared) for each in (one, two))
+        four = _four(first, second)
+        low, high = bootstrap(_kappa, four, who)
+        both, first_only, second_only, _ = four.sum(axis=0)
+        kappa = cohen_kappa(first, second)
+        rows[tag] = (len(shared), both, both + first_only, both + second_only, kappa, low, high)
+    columns = ["cases", "both", names[0] or "first", names[1] or "second", "kappa", "low", "high"]
+    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("tag")
+
+
+def _column(matrix: pd.DataFrame, tag: str, cases: pd.Index) -> NDArray[np.bool_]:
+    return np.asarray(matrix.loc[cases, tag] if tag in matrix else np.zeros(len(cases)), np.bool_)
