@@ -1,0 +1,147 @@
+"""The sealed set: a split that notices when it was changed, and a log of every time that the blackbox was asked.
+
+A folder holds `split.csv` (case, patient, part, stratum), `split.json` (how it was made) and `queries.jsonl`. Each line
+of the log ends with a hash of itself and of the line before, so that none can be changed or taken out unnoticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from filelock import FileLock
+
+from medfusion.analysis.split import PARTS
+from medfusion.analysis.tables import check_columns, read_cases
+from medfusion.errors import MedfusionError, some
+from medfusion.metrics.intervals import bootstrap
+
+SPLIT, SETTINGS, LOG = "split.csv", "split.json", "queries.jsonl"
+
+
+def digest(text: str) -> str:
+    """SHA-256."""
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def read_split(folder: Path) -> pd.DataFrame:
+    """patient, part and stratum of each case.
+
+    Raises
+    ------
+    MedfusionError : there is none, or it is not what the last `errors split` or `errors refill` wrote.
+    """
+    try:
+        stated = json.loads((folder / SETTINGS).read_text())["sha256"]
+        text = (folder / SPLIT).read_text()
+    except OSError as error:
+        raise MedfusionError(f"{folder}: no split is there", fix="medfusion errors split") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise MedfusionError(f"{folder / SETTINGS}: not what `medfusion errors split` writes") from error
+    if digest(text) != stated:
+        raise MedfusionError(
+            f"{folder / SPLIT}: was changed by hand, so nobody can say who has seen what",
+            fix="restore it, or split new cases into another folder",
+        )
+    split = read_cases(folder / SPLIT)
+    check_columns(split, {"part", "stratum"})
+    return split
+
+
+def refuse_blackbox(split: pd.DataFrame, cases: Iterable[str]) -> None:
+    """Raise a MedfusionError if one of the cases is in the blackbox set: nobody may look at it."""
+    sealed = sorted(set(cases) & set(split.index[split["part"] == PARTS[1]]))
+    if sealed:
+        raise MedfusionError(
+            f"{len(sealed)} case(s) are in the blackbox set, which nobody looks at",
+            cases=some(sealed),
+            fix="leave them out; `medfusion errors refill` moves patients to the eyeball set for good",
+        )
+
+
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """All queries so far, oldest first.
+
+    Raises
+    ------
+    MedfusionError : a line was changed or taken out.
+    """
+    path = folder / LOG
+    before, entries = "", []
+    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+        try:
+            entry = json.loads(line)
+            seal = entry.pop("seal")
+        except (ValueError, KeyError, AttributeError) as error:
+            raise MedfusionError(f"{path}: line {number} is damaged") from error
+        if seal != digest(before + json.dumps(entry, sort_keys=True)):
+            raise MedfusionError(f"{path}: line {number}, or one before it, was changed or taken out")
+        before = seal
+        entries.append(entry | {"seal": seal})
+    return entries
+
+
+def append_to_log(folder: Path, **entry: Any) -> int:
+    """Write a line, with the time, and return how many there are now; safe for several at once."""
+    with FileLock(folder / f"{LOG}.lock"):
+        earlier = read_log(folder)
+        entry["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        seal = digest((earlier[-1]["seal"] if earlier else "") + json.dumps(entry, sort_keys=True))
+        with (folder / LOG).open("a") as file:
+            file.write(json.dumps(entry | {"seal": seal}) + "\n")
+    return len(earlier) + 1
+
+
+def ask(folder: Path, judged: pd.DataFrame, model: str, definition: str) -> dict[str, Any]:
+    """The score of a model on the blackbox set, and nothing about its cases; the question is logged first.
+
+    Parameters
+    ----------
+    judged : as ``judge`` returns it, of all blackbox cases; others are passed over.
+    model : name or version of what is scored.
+    definition : the hash of that by which it was judged.
+
+    Returns
+    -------
+    model, definition, cases, patients, errors, error_rate, low, high (95 %, over patients), mean_loss, query (its
+    number, from 1).
+
+    Raises
+    ------
+    MedfusionError : a blackbox case is missing, or the log was tampered with.
+    """
+    split = read_split(folder)
+    sealed = split.index[split["part"] == PARTS[1]]
+    missing = sealed.difference(judged.index)
+    if len(missing):
+        raise MedfusionError("blackbox cases without a score", cases=some(missing))
+    of = judged.loc[sealed]
+    error = of["error"].to_numpy(float)
+    low, high = bootstrap(
+        lambda sums: sums[:, 0] / sums[:, 1],
+        np.stack([error, np.ones_like(error)], axis=1),
+        split.loc[sealed, "patient"].to_numpy(),
+    )
+    answer = {
+        "model": model,
+        "definition": definition,
+        "cases": len(of),
+        "patients": int(split.loc[sealed, "patient"].nunique()),
+        "errors": int(error.sum()),
+        "error_rate": float(error.mean()),
+        "low": low,
+        "high": high,
+        "mean_loss": float(of["loss"].mean()),
+    }
+    return answer | {"query": append_to_log(folder, kind="query", **answer)}
+
+
+def queries(folder: Path) -> int:
+    """How often the blackbox set has been asked."""
+    return sum(entry["kind"] == "query" for entry in read_log(folder))
