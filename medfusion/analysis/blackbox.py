@@ -1,7 +1,9 @@
 """The sealed set: a split that notices when it was changed, and a log of every time that the blackbox was asked.
 
-A folder holds `split.csv` (case, patient, part, stratum), `split.json` (how it was made) and `queries.jsonl`. Each line
-of the log ends with a hash of itself and of the line before, so that none can be changed or taken out unnoticed.
+A folder holds `split.csv` (case, patient, part, stratum) and `log.jsonl`: how the split was made, each question to the
+blackbox set, each refill of the eyeball set. Every line of the log ends with a hash of itself and of the line before,
+so that none can be changed or taken out of the middle unnoticed; every answer tells its number, so that none can be cut
+off at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +24,13 @@ from medfusion.analysis.tables import check_columns, read_cases
 from medfusion.errors import MedfusionError, some
 from medfusion.metrics.intervals import bootstrap
 
-SPLIT, SETTINGS, LOG = "split.csv", "split.json", "queries.jsonl"
+SPLIT, LOG = "split.csv", "log.jsonl"
+
+
+def render_split(split: pd.DataFrame) -> tuple[str, str]:
+    """``split.csv`` of a table as ``read_split`` returns it, and its digest, for the log."""
+    text = split[["patient", "part", "stratum"]].to_csv(lineterminator="\n")
+    return text, digest(text)
 
 
 def digest(text: str) -> str:
@@ -38,13 +46,11 @@ def read_split(folder: Path) -> pd.DataFrame:
     MedfusionError : there is none, or it is not what the last `errors split` or `errors refill` wrote.
     """
     try:
-        stated = json.loads((folder / SETTINGS).read_text())["sha256"]
         text = (folder / SPLIT).read_text()
     except OSError as error:
         raise MedfusionError(f"{folder}: no split is there", fix="medfusion errors split") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise MedfusionError(f"{folder / SETTINGS}: not what `medfusion errors split` writes") from error
-    if digest(text) != stated:
+    stated = [entry["sha256"] for entry in read_log(folder) if "sha256" in entry]
+    if [digest(text)] != stated[-1:]:
         raise MedfusionError(
             f"{folder / SPLIT}: was changed by hand, so nobody can say who has seen what",
             fix="restore it, or split new cases into another folder",
@@ -87,15 +93,15 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     return entries
 
 
-def append_to_log(folder: Path, **entry: Any) -> int:
-    """Write a line, with the time, and return how many there are now; safe for several at once."""
+def append_to_log(folder: Path, kind: str, **entry: Any) -> int:
+    """Write a line, with the time, and return how many of its kind there are now; safe for several at once."""
     with FileLock(folder / f"{LOG}.lock"):
         earlier = read_log(folder)
-        entry["date"] = datetime.now().astimezone().isoformat(timespec="seconds")
+        entry["kind"], entry["date"] = kind, datetime.now().astimezone().isoformat(timespec="seconds")
         seal = digest((earlier[-1]["seal"] if earlier else "") + json.dumps(entry, sort_keys=True))
         with (folder / LOG).open("a") as file:
             file.write(json.dumps(entry | {"seal": seal}) + "\n")
-    return len(earlier) + 1
+    return 1 + sum(other["kind"] == kind for other in earlier)
 
 
 def ask(folder: Path, judged: pd.DataFrame, model: str, definition: str) -> dict[str, Any]:
@@ -139,9 +145,22 @@ def ask(folder: Path, judged: pd.DataFrame, model: str, definition: str) -> dict
         "high": high,
         "mean_loss": float(of["loss"].mean()),
     }
-    return answer | {"query": append_to_log(folder, kind="query", **answer)}
+    return answer | {"query": append_to_log(folder, "query", **answer)}
 
 
-def queries(folder: Path) -> int:
-    """How often the blackbox set has been asked."""
-    return sum(entry["kind"] == "query" for entry in read_log(folder))
+def refilled(split: pd.DataFrame, persons: int, seed: int = 0) -> pd.DataFrame:
+    """The split with that many patients moved from the blackbox to the eyeball set, drawn at random.
+
+    Raises
+    ------
+    MedfusionError : the blackbox set has no more patients than that.
+    """
+    sealed = split["part"] == PARTS[1]
+    patients = np.unique(split.loc[sealed, "patient"])
+    if not 1 <= persons < len(patients):
+        raise MedfusionError(
+            f"{persons} patients cannot be moved: the blackbox set has {len(patients)}, and some must stay",
+            fix="new patients, split into another folder, refill both sets",
+        )
+    moved = np.random.default_rng(seed).choice(patients, persons, replace=False)
+    return split.assign(part=split["part"].where(~split["patient"].isin(moved), PARTS[0]))

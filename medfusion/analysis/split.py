@@ -5,7 +5,7 @@ Patients who share a scan (one series under two names, or the same voxels) are t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -40,7 +40,7 @@ def split_cases(
     *,
     strata: Sequence[str] = (),
     identities: Sequence[str] = (),
-    taken: Iterable[str] = (),
+    taken: Mapping[str, Iterable[str]] | None = None,
     seed: int = 0,
 ) -> Split:
     """Draw the eyeball set; the rest is the blackbox set.
@@ -52,22 +52,18 @@ def split_cases(
     strata : columns in which both parts should be alike; a number is cut into three classes of equal size.
     identities : columns that are the same where two cases show the same scan, SOPInstanceUID or a hash of its voxels;
         an empty cell says nothing.
-    taken : cases or patients of existing training and test sets. All cases of these patients are left out.
+    taken : cases or patients of existing sets, by the name of the set. All cases of these patients are left out.
 
     Raises
     ------
-    MedfusionError : a column is missing, a name in ``taken`` is unknown, or too few cases are there.
+    MedfusionError : a column is missing, a name in ``taken`` is unknown, a person is in two of the sets, or too few
+        cases are there.
     """
     check_columns(cases, [*strata, *identities])
     names = cases.index.to_numpy(np.str_)
     person = same_person(cases, identities)
     twins = _duplicates(cases, identities)
-    known = set(taken)
-    unknown = known - set(names) - set(cases["patient"])
-    if unknown:
-        raise MedfusionError("names of other sets that are not in the table", unknown=some(sorted(unknown)))
-    away = np.isin(names, list(known)) | np.isin(cases["patient"].to_numpy(np.str_), list(known))
-    away = np.isin(person, np.unique(person[away]))
+    away = _away(cases, person, {name: set(listed) for name, listed in (taken or {}).items()})
     if not 1 <= eyeball < (~away).sum():
         raise MedfusionError(
             f"an eyeball set of {eyeball} cases leaves nothing to the blackbox set",
@@ -85,6 +81,25 @@ def split_cases(
         duplicates=twins,
         left_out=tuple(names[away]),
     )
+
+
+def _away(cases: pd.DataFrame, person: NDArray[np.int64], taken: Mapping[str, set[str]]) -> NDArray[np.bool_]:
+    """(n,) the cases of all persons who are in one of the sets."""
+    names, patients = cases.index.to_numpy(np.str_), cases["patient"].to_numpy(np.str_)
+    unknown = set().union(*taken.values()) - set(names) - set(patients)
+    if unknown:
+        raise MedfusionError("names of other sets that are not in the table", unknown=some(sorted(unknown)))
+    times = np.zeros(person.max() + 1, int)
+    for listed in taken.values():
+        listed_here = np.isin(names, list(listed)) | np.isin(patients, list(listed))
+        times[np.unique(person[listed_here])] += 1
+    if (times > 1).any():
+        raise MedfusionError(
+            f"{(times > 1).sum()} person(s) are in two of the sets {', '.join(taken)}",
+            cases=some(names[times[person] > 1]),
+            fix="what was tuned on one would be measured on it",
+        )
+    return times[person] > 0
 
 
 def same_person(cases: pd.DataFrame, identities: Sequence[str]) -> NDArray[np.int64]:

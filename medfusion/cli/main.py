@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from medfusion import __version__
+from medfusion.cli.errors import app as errors_app
 from medfusion.errors import MedfusionError
 
 app = typer.Typer(
@@ -27,6 +28,7 @@ app = typer.Typer(
 
 evaluate_app = typer.Typer(help="Measure on scans with truth.", no_args_is_help=True)
 app.add_typer(evaluate_app, name="evaluate")
+app.add_typer(errors_app, name="errors")
 
 Input = Annotated[Path, typer.Argument(metavar="IN", help="A NIfTI file, or a folder of NIfTI files or DICOM series.")]
 Output = Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results; must lie outside IN.")]

@@ -1,6 +1,5 @@
 """Splits: patients whole, strata even, the same person found again, other lists respected; and the seal."""
 
-import json
 import threading
 from pathlib import Path
 
@@ -8,7 +7,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from medfusion.analysis.blackbox import LOG, append_to_log, ask, digest, queries, read_log, read_split, refuse_blackbox
+from medfusion.analysis.blackbox import (
+    LOG,
+    append_to_log,
+    ask,
+    digest,
+    read_log,
+    read_split,
+    refilled,
+    refuse_blackbox,
+)
 from medfusion.analysis.split import same_person, split_cases
 from medfusion.errors import MedfusionError
 
@@ -70,10 +78,19 @@ def test_patients_of_other_sets_are_left_out() -> None:
     twin = cases.index[cases["patient"] == "p9"][0]
     cases.loc[twin, "uid"] = cases.loc[cases.index[cases["patient"] == "p4"][0], "uid"]
     scan = cases.index[cases["patient"] == "p2"][0]
-    found = split_cases(cases, 20, identities=["uid"], taken=["p4", scan])
+    found = split_cases(cases, 20, identities=["uid"], taken={"train": ["p4"], "test": [scan]})
     assert set(cases.loc[list(found.left_out), "patient"]) == {"p2", "p4", "p9"}
     assert not set(found.left_out) & set(found.part.index)
     assert len(found.left_out) + len(found.part) == len(cases)
+
+
+def test_a_person_in_two_other_sets_is_refused() -> None:
+    cases = table(30)
+    mine = [cases.index[cases["patient"] == patient][0] for patient in ("p3", "p5")]
+    cases.loc[mine, "uid"] = "same"
+    with pytest.raises(MedfusionError, match=r"1 person.* in two of the sets train, test") as error:
+        split_cases(cases, 20, identities=["uid"], taken={"train": ["p3"], "test": [mine[1]]})
+    assert mine[0] in error.value.facts["cases"]
 
 
 def test_splits_that_cannot_be_made() -> None:
@@ -81,7 +98,7 @@ def test_splits_that_cannot_be_made() -> None:
     with pytest.raises(MedfusionError, match="leaves nothing"):
         split_cases(cases, len(cases))
     with pytest.raises(MedfusionError, match="not in the table") as error:
-        split_cases(cases, 3, taken=["p1", "p99"])
+        split_cases(cases, 3, taken={"train": ["p1", "p99"]})
     assert error.value.facts["unknown"] == "p99"
     with pytest.raises(MedfusionError, match="lacks columns"):
         split_cases(cases, 3, strata=["scanner"])
@@ -95,8 +112,12 @@ def folder(tmp_path: Path) -> Path:
         f"s{k},p{k // 2},{'eyeball' if k < 8 else 'blackbox'},\n" for k in range(40)
     )
     (tmp_path / "split.csv").write_text(text)
-    (tmp_path / "split.json").write_text(json.dumps({"sha256": digest(text)}))
+    append_to_log(tmp_path, "split", sha256=digest(text))
     return tmp_path
+
+
+def questions(folder: Path) -> int:
+    return sum(entry["kind"] == "query" for entry in read_log(folder))
 
 
 def judged(wrong: int = 8) -> pd.DataFrame:
@@ -109,8 +130,8 @@ def test_every_question_is_logged(folder: Path) -> None:
     assert (first["cases"], first["patients"], first["errors"], first["error_rate"]) == (32, 16, 8, 0.25)
     assert first["low"] < 0.25 < first["high"]
     assert first["mean_loss"] == 0.125
-    assert (first["query"], second["query"], queries(folder)) == (1, 2, 2)
-    assert [(entry["model"], entry["errors"]) for entry in read_log(folder)] == [("one", 8), ("two", 4)]
+    assert (first["query"], second["query"], questions(folder)) == (1, 2, 2)
+    assert [(entry["model"], entry["errors"]) for entry in read_log(folder)[1:]] == [("one", 8), ("two", 4)]
     assert all("T" in entry["date"] for entry in read_log(folder))
     with pytest.raises(MedfusionError, match="without a score") as error:
         ask(folder, judged().drop(index=["s3", "s9"]), "three", "abc")
@@ -121,21 +142,26 @@ def test_a_log_that_was_tampered_with_is_noticed(folder: Path) -> None:
     for model in "abc":
         ask(folder, judged(), model, "x")
     lines = (folder / LOG).read_text().splitlines()
-    for changed in ([lines[0], lines[2]], lines[1:], [lines[0].replace('"a"', '"d"'), *lines[1:]], [*lines, "{"]):
+    for changed in (
+        [*lines[:2], lines[3]],
+        lines[1:],
+        [lines[0], lines[1].replace('"a"', '"d"'), *lines[2:]],
+        [*lines, "{"],
+    ):
         (folder / LOG).write_text("\n".join(changed) + "\n")
         with pytest.raises(MedfusionError, match="line"):
             ask(folder, judged(), "d", "x")
     (folder / LOG).write_text("\n".join(lines) + "\n")
-    assert queries(folder) == 3
+    assert questions(folder) == 3
 
 
 def test_questions_at_once_are_all_logged(folder: Path) -> None:
-    threads = [threading.Thread(target=append_to_log, args=(folder,), kwargs={"kind": "query"}) for _ in range(20)]
+    threads = [threading.Thread(target=append_to_log, args=(folder, "query")) for _ in range(20)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert queries(folder) == 20
+    assert questions(folder) == 20
 
 
 def test_the_seal(folder: Path) -> None:
@@ -147,5 +173,20 @@ def test_the_seal(folder: Path) -> None:
     (folder / "split.csv").write_text((folder / "split.csv").read_text().replace("s8,p4,blackbox", "s8,p4,eyeball"))
     with pytest.raises(MedfusionError, match="changed by hand"):
         read_split(folder)
+    (folder / LOG).unlink()
+    with pytest.raises(MedfusionError, match="changed by hand"):
+        read_split(folder)
     with pytest.raises(MedfusionError, match="no split"):
         read_split(folder / "none")
+
+
+def test_a_refill_moves_patients(folder: Path) -> None:
+    split = read_split(folder)
+    more = refilled(split, 5)
+    moved = split.index[split["part"] != more["part"]]
+    assert len(moved) == 10
+    assert (more.loc[moved, "part"] == "eyeball").all()
+    assert more.groupby("patient")["part"].nunique().max() == 1
+    for number in (0, 16):
+        with pytest.raises(MedfusionError, match="cannot be moved"):
+            refilled(split, number)

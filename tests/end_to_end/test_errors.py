@@ -1,0 +1,155 @@
+"""`medfusion errors`, as a team runs it: on CSV files of another system."""
+
+import json
+from pathlib import Path
+
+import nibabel
+import numpy as np
+import pytest
+
+from tests.command_line import assert_refused, medfusion
+
+DEFINITION = """name: masses
+case: one kidney
+error: {kind: classification, truth: truth, probabilities: {malignant: p}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """200 cases of 100 patients, 40 of them wrong: masses at site B are missed."""
+    (tmp_path / "error.yaml").write_text(DEFINITION)
+    rng = np.random.default_rng(0)
+    rows = ["case,patient,truth,p,site,age"]
+    for number in range(200):
+        site = "B" if number % 4 == 0 else "A"
+        wrong = number % 5 == 0 or (site == "B" and number % 3 == 0)
+        rows.append(f"k{number:03d},p{number // 2},malignant,{0.2 if wrong else 0.9},{site},{rng.integers(20, 80)}")
+    (tmp_path / "cases.csv").write_text("\n".join(rows) + "\n")
+    return tmp_path
+
+
+def errors(*arguments: object) -> str:
+    done = medfusion("errors", *arguments)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_sizes() -> None:
+    plan = json.loads(errors("sizes", "--error-rate", 0.05, "--errors", 100, "--json"))
+    assert (plan["eyeball"], plan["naive"]) == (2254, 2000)
+    text = errors("sizes", "--error-rate", 0.05, "--errors", 100, "--difference", 0.02, "--available", 500)
+    assert "2254 cases" in text
+    assert "too few for both sets" in text
+    assert_refused(medfusion("errors", "sizes", "--error-rate", 5, "--errors", 100), "error rate", "between 0 and 1")
+
+
+def test_sizes_of_cases(folder: Path) -> None:
+    stated = ["--cases", folder / "cases.csv", "--define", folder / "error.yaml"]
+    plan = json.loads(errors("sizes", "--errors", 10, *stated, "--json"))
+    assert plan["error_rate"] == pytest.approx(0.27, abs=0.03)
+    assert plan["eyeball_patients"] == pytest.approx(plan["eyeball"] / 2, abs=1)
+    assert len(plan["definition"]) == 12
+    assert medfusion("errors", "sizes", "--errors", 10).returncode == 2
+
+
+def test_table_and_agreement(folder: Path) -> None:
+    rows = [
+        f"k{number:03d},{who},{'small' if number % 2 else ''}" for number in range(0, 200, 5) for who in ("ann", "bob")
+    ]
+    (folder / "tags.csv").write_text("case,reviewer,tag\n" + "\n".join(rows) + "\n")
+    arguments = ["table", folder / "cases.csv", folder / "tags.csv", "--define", folder / "error.yaml"]
+    found = json.loads(errors(*arguments, "--json"))
+    assert [row["tag"] for row in found["tags"]] == ["small", "(no tag)"]
+    assert found["tags"][0]["share"] == 0.5
+    assert found["looked_at"] == 40
+    assert found["tags"][0]["cost"] is None
+    text = errors(*arguments, "--cost", "small=2")
+    assert "40 errors looked at: rough" in text
+    assert_refused(medfusion("errors", *arguments, "--cost", "small"), "TAG=COST")
+    assert json.loads(errors("agree", folder / "tags.csv", "--json"))["tags"][0]["kappa"] == 1
+    assert "1.00" in errors("agree", folder / "tags.csv")
+
+
+def test_slices(folder: Path) -> None:
+    arguments = ["slices", folder / "cases.csv", "--define", folder / "error.yaml"]
+    found = json.loads(errors(*arguments, "--json"))
+    assert found["columns"] == ["site", "age"]
+    assert found["table"][0]["slice"].startswith("site is ")
+    assert "kept back" in errors(*arguments, "--column", "site")
+    assert_refused(medfusion("errors", *arguments, "--column", "vendor"), "lacks columns", "vendor")
+
+
+def test_parts(folder: Path) -> None:
+    rows = ["case,patient,fixed,truth,p"]
+    for number in range(60):
+        first, second = number % 3 == 0, number % 5 == 0
+        for fixed in ("", "segment", "classify", "segment+classify"):
+            wrong = (first and "segment" not in fixed) or (second and "classify" not in fixed)
+            rows.append(f"k{number},p{number},{fixed},malignant,{0.1 if wrong else 0.8}")
+    (folder / "parts.csv").write_text("\n".join(rows) + "\n")
+    arguments = ["parts", folder / "parts.csv", "--define", folder / "error.yaml"]
+    found = json.loads(errors(*arguments, "--json"))
+    shares = {row["component"]: row["shapley"] for row in found["table"]}
+    assert shares == pytest.approx({"segment": (20 - 2) / 60, "classify": (12 - 2) / 60})
+    assert [name for name, _ in found["order"]] == ["segment", "classify"]
+    assert "Work on   segment (to 20.0 %)" in errors(*arguments)
+    (folder / "parts.csv").write_text("\n".join(rows[:-1]) + "\n")
+    assert_refused(medfusion("errors", *arguments), "every case needs all 4 subsets", "k59")
+
+
+def test_tables_that_cannot_be_read(folder: Path) -> None:
+    (folder / "bad.csv").write_text((folder / "cases.csv").read_text().replace("k003,p1,", "k003,,"))
+    done = medfusion("errors", "slices", folder / "bad.csv", "--define", folder / "error.yaml")
+    assert_refused(done, "bad.csv: cases without a patient", "k003")
+    (folder / "error.yaml").write_text("name: x\n")
+    assert_refused(
+        medfusion("errors", "slices", folder / "cases.csv", "--define", folder / "error.yaml"), "Field required"
+    )
+
+
+def test_a_split_is_asked_and_refilled(folder: Path) -> None:
+    define, split = ["--define", folder / "error.yaml"], folder / "split"
+    (folder / "train.txt").write_text("p3\nk010\n")
+    arguments = ["split", folder / "cases.csv", split, *define, "--eyeball", 60, "--stratify", "site"]
+    text = errors(*arguments, "--taken", folder / "train.txt")
+    assert "eyeball   60 cases of 30 patients" in text
+    assert "Left out, as their patients are in other sets: k006, k007, k010, k011" in text
+    assert_refused(medfusion("errors", *arguments), "is there already")
+
+    model = [split, folder / "cases.csv", *define, "--model"]
+    assert "question 1 to" in errors("ask", *model, "first")
+    assert json.loads(errors("ask", *model, "second", "--json"))["query"] == 2
+
+    perfect = (folder / "cases.csv").read_text().replace(",0.2,", ",0.9,")
+    sealed = [line.split(",")[0] for line in (split / "split.csv").read_text().splitlines() if ",blackbox," in line]
+    kept = {line.split(",")[0]: line for line in (folder / "cases.csv").read_text().splitlines()}
+    lines = [kept[name] if (name := line.split(",")[0]) in sealed else line for line in perfect.splitlines()]
+    (folder / "now.csv").write_text("\n".join(lines) + "\n")
+    two = ["overfit", split, folder / "cases.csv", folder / "now.csv", *define, "--model"]
+    assert "worn out" in errors(*two, "third")
+    found = json.loads(errors(*two, "fourth", "--json"))
+    assert (found["verdict"], found["look"], found["blackbox"]["now"]) == ("overfit", 4, found["blackbox"]["before"])
+
+    assert "eyeball   80 cases of 40 patients" in errors("refill", split, "--patients", 10)
+    assert json.loads(errors("ask", *model, "fifth", "--json"))["cases"] == 196 - 80
+    (split / "split.csv").write_text((split / "split.csv").read_text().replace("blackbox", "eyeball", 1))
+    assert_refused(medfusion("errors", "ask", *model, "sixth"), "was changed by hand")
+
+
+def test_a_scan_under_two_names_stays_in_one_part(tmp_path: Path) -> None:
+    scans = tmp_path / "scans"
+    scans.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        array = rng.normal(size=(6, 7, 8)).astype(np.float32)
+        nibabel.save(nibabel.Nifti1Image(array, np.eye(4)), scans / f"s{number}.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(array[::-1].copy(), np.diag([-1.0, 1, 1, 1])), scans / "s0.nii.gz")
+    (tmp_path / "error.yaml").write_text(DEFINITION)
+    (tmp_path / "cases.csv").write_text("case,patient\n" + "".join(f"s{k},p{k}\n" for k in range(12)))
+    arguments = ["split", tmp_path / "cases.csv", tmp_path / "split", "--define", tmp_path / "error.yaml"]
+    text = errors(*arguments, "--eyeball", 4, "--images", scans)
+    assert "The same scan, kept in one part: s0 = s11" in text
+    (tmp_path / "cases.csv").write_text("case,patient\ns0,p\nt0,q\n")
+    done = medfusion("errors", *arguments[:2], tmp_path / "other", *arguments[3:], "--eyeball", 1, "--images", scans)
+    assert_refused(done, "cases without a scan", "t0")
