@@ -386,6 +386,43 @@ def parts_command(
         )
 
 
+@app.command("run")
+def run_command(
+    system: Annotated[Path, typer.Argument(metavar="SYSTEM", help="A Python file: docs/errors.md shows one.")],
+    output: Annotated[Path, typer.Argument(metavar="TABLE", help="CSV file for `errors parts`.")],
+    resume: Annotated[bool, typer.Option("--resume", help="Keep the cases that TABLE has, do the rest.")] = False,
+) -> None:
+    """Run a system with every subset of its components made perfect. Each case is written when it is done."""
+    import csv
+
+    from rich.console import Console
+    from rich.progress import track
+
+    from medfusion.analysis.system import load_system, run_case
+    from medfusion.analysis.tables import read_table
+
+    if output.exists() and not resume:
+        raise MedfusionError(f"{output}: is there already", fix="--resume does the cases that it lacks")
+    loaded = load_system(system)
+    table = read_table(output) if output.exists() else None
+    done, columns = (set(), None) if table is None else (set(table["case"]), list(table.columns))
+    cases = [case for case in loaded.cases() if case.name not in done]
+    progress = Console(stderr=True)
+    for case in track(cases, "Running", console=progress, transient=True, disable=not progress.is_terminal):
+        rows = list(run_case(loaded, case))
+        if columns is not None and list(rows[0]) != columns:
+            raise MedfusionError(
+                f"{output}: other columns than `score` returns", columns=some(columns), now=some(rows[0])
+            )
+        with output.open("a", newline="") as file:
+            writer = csv.DictWriter(file, list(rows[0]))
+            if columns is None:
+                writer.writeheader()
+            writer.writerows(rows)
+        columns = list(rows[0])
+    typer.echo(f"{output}: {len(cases)} cases with {2 ** len(loaded.names)} subsets of {', '.join(loaded.names)}")
+
+
 @app.command("slices")
 def slices_command(
     cases: Cases,

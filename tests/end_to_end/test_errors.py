@@ -98,6 +98,42 @@ def test_parts(folder: Path) -> None:
     assert_refused(medfusion("errors", *arguments), "every case needs all 4 subsets", "k59")
 
 
+SYSTEM = """
+from types import SimpleNamespace
+from medfusion.analysis.system import component
+
+def cases():
+    return [SimpleNamespace(name=f"k{n}", patient=f"p{n}", organ=n % 3 > 0, mass=n % 5 > 0) for n in range(LAST)]
+
+@component(oracle=lambda case: True)
+def organ(case):
+    return case.organ
+
+@component(oracle=lambda case: 0.9)
+def mass(case, organ):
+    return 0.9 if case.mass and organ else 0.1
+
+def score(case, mass):
+    return {"truth": "malignant", "p": mass}
+"""
+
+
+def test_a_system_is_run_resumed_and_attributed(folder: Path) -> None:
+    system, table = folder / "system.py", folder / "parts.csv"
+    system.write_text(SYSTEM.replace("LAST", "40"))
+    assert "40 cases with 4 subsets of organ, mass" in errors("run", system, table)
+    first = table.read_text()
+    assert_refused(medfusion("errors", "run", system, table), "is there already")
+    system.write_text(SYSTEM.replace("LAST", "60"))
+    assert "20 cases" in errors("run", system, table, "--resume")
+    assert table.read_text().startswith(first)
+    found = json.loads(errors("parts", table, "--define", folder / "error.yaml", "--json"))
+    assert [row["alone"] for row in found["table"]] == pytest.approx([16 / 60, 28 / 60])
+    assert [row["last"] for row in found["table"]] == pytest.approx([0, 12 / 60])
+    system.write_text(SYSTEM.replace("LAST", "70").replace('"p": mass', '"q": mass'))
+    assert_refused(medfusion("errors", "run", system, table, "--resume"), "other columns than `score` returns")
+
+
 def test_tables_that_cannot_be_read(folder: Path) -> None:
     (folder / "bad.csv").write_text((folder / "cases.csv").read_text().replace("k003,p1,", "k003,,"))
     done = medfusion("errors", "slices", folder / "bad.csv", "--define", folder / "error.yaml")

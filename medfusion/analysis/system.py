@@ -1,0 +1,155 @@
+"""Run a system with every subset of its components replaced by oracles.
+
+A system is a Python file of its team's. It says what the cases are, what each component does and would do if it were
+perfect, and what is scored:
+
+    from medfusion.analysis.system import component
+
+    def cases():                                    # objects with a name and a patient
+        return [...]
+
+    @component(oracle=lambda case: case.true_mask)  # what it should have found
+    def organ(case):
+        return segment(case.image)
+
+    @component(oracle=lambda case: case.truth)
+    def mass(case, organ):                          # gets what the component of this name made
+        return classify(case.image, organ)
+
+    def score(case, mass):                          # the columns that the definition of an error reads
+        return {"truth": case.truth, "p": mass}
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from medfusion.analysis.parts import MOST, subset_name
+from medfusion.errors import MedfusionError, some
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def component(*, oracle: Callable[[Any], Any]) -> Callable[[Function], Function]:
+    """Mark a function as a component; ``oracle`` takes the case and returns the component's perfect output.
+
+    The function's parameters are ``case`` and the names of components above it.
+    """
+
+    def mark(function: Function) -> Function:
+        function.oracle = oracle  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+@dataclass(frozen=True)
+class System:
+    """``needs`` names what each component, and "score", takes beside the case."""
+
+    components: Mapping[str, Callable[..., Any]]
+    needs: Mapping[str, tuple[str, ...]]
+    cases: Callable[[], Iterable[Any]]
+    score: Callable[..., Mapping[str, Any]]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the components, in the order in which they work."""
+        return tuple(self.components)
+
+
+def load_system(path: Path) -> System:
+    """A system from its file, which is executed.
+
+    Raises
+    ------
+    MedfusionError : it cannot be executed, lacks ``cases``, ``score`` or components, or one takes what is not made
+        before it.
+    """
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise MedfusionError(f"{path}: no Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise MedfusionError(f"{path}: cannot be executed", reason=f"{type(error).__name__}: {error}") from error
+    functions = {name: value for name, value in vars(module).items() if callable(value)}
+    components = {name: function for name, function in functions.items() if hasattr(function, "oracle")}
+    missing = [name for name in ("cases", "score") if name not in functions]
+    if missing or not 1 <= len(components) <= MOST:
+        raise MedfusionError(
+            f"{path}: not a system",
+            **({"missing": some(missing)} if missing else {}),
+            components=f"{some(components) or 'none'}; 1 to {MOST} can be judged",
+        )
+    needs: dict[str, tuple[str, ...]] = {}
+    for name, function in [*components.items(), ("score", functions["score"])]:
+        taken = [each for each in inspect.signature(function).parameters if each != "case"]
+        unknown = [each for each in taken if each not in needs]
+        if unknown:
+            raise MedfusionError(f"{path}: {name} takes what no component above it makes", unknown=some(unknown))
+        needs[name] = tuple(taken)
+    return System(components, needs, functions["cases"], functions["score"])
+
+
+def run_case(system: System, case: Any) -> Iterator[dict[str, Any]]:
+    """Rows (case, patient, fixed, and what ``score`` returns) of one case, with every subset replaced.
+
+    A component runs once for every different input that it can get, and not for every subset.
+
+    Raises
+    ------
+    MedfusionError : a component, oracle or score raised an exception; case, function and subset are named.
+    """
+    made: dict[tuple[str, int], Any] = {}
+    for subset in range(2 ** len(system.names)):
+        scored = dict(_call(system, "score", system.score, case, subset, made))
+        yield {"case": case.name, "patient": case.patient, "fixed": subset_name(subset, system.names)} | scored
+
+
+def _output(system: System, name: str, case: Any, subset: int, made: dict[tuple[str, int], Any]) -> Any:
+    """Of a component, computed or remembered: it depends on the oracles among itself and what it needs alone."""
+    place = system.names.index(name)
+    perfect = bool(subset >> place & 1)
+    key = (name, 1 << place if perfect else subset & _upstream(system, name))
+    if key not in made:
+        function = system.components[name]
+        if perfect:
+            made[key] = _guarded(system, name, subset, case, lambda: function.oracle(case))  # type: ignore[attr-defined]
+        else:
+            made[key] = _call(system, name, function, case, subset, made)
+    return made[key]
+
+
+def _upstream(system: System, name: str) -> int:
+    """The components whose output that of ``name`` depends on, as a subset."""
+    found = 0
+    for each in system.needs[name]:
+        found |= 1 << system.names.index(each) | _upstream(system, each)
+    return found
+
+
+def _call(
+    system: System, name: str, function: Callable[..., Any], case: Any, subset: int, made: dict[tuple[str, int], Any]
+) -> Any:
+    taken = {each: _output(system, each, case, subset, made) for each in system.needs[name]}
+    if "case" in inspect.signature(function).parameters:
+        taken["case"] = case
+    return _guarded(system, name, subset, case, lambda: function(**taken))
+
+
+def _guarded(system: System, name: str, subset: int, case: Any, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except Exception as error:
+        raise MedfusionError(
+            f"{case.name}: {name} failed",
+            reason=f"{type(error).__name__}: {error}",
+            perfect=subset_name(subset, system.names) or "none",
+        ) from error

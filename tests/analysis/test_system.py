@@ -1,0 +1,84 @@
+"""Systems in a file: every subset is run, nothing twice, and what is wrong with a file is said."""
+
+from pathlib import Path
+
+import pytest
+
+from medfusion.analysis.system import load_system, run_case
+from medfusion.errors import MedfusionError
+
+SYSTEM = """
+from collections import Counter
+from types import SimpleNamespace
+from medfusion.analysis.system import component
+
+calls = Counter()
+
+def cases():
+    return [SimpleNamespace(name="x", patient="p", signal=3)]
+
+@component(oracle=lambda case: calls.update(["oracle of scale"]) or 10)
+def scale(case):
+    calls["scale"] += 1
+    return case.signal
+
+@component(oracle=lambda case: 100)
+def offset(case):
+    calls["offset"] += 1
+    return 7
+
+@component(oracle=lambda case: 1000)
+def total(scale, offset):
+    calls["total"] += 1
+    return scale + offset
+
+def score(case, total):
+    return {"value": total, "calls": dict(calls)}
+"""
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    (tmp_path / "system.py").write_text(text)
+    return tmp_path / "system.py"
+
+
+def test_every_subset_is_run_and_nothing_twice(tmp_path: Path) -> None:
+    system = load_system(written(tmp_path, SYSTEM))
+    assert system.names == ("scale", "offset", "total")
+    rows = list(run_case(system, system.cases()[0]))
+    assert {row["fixed"]: row["value"] for row in rows} == {
+        "": 10,
+        "scale": 17,
+        "offset": 103,
+        "scale+offset": 110,
+        "total": 1000,
+        "scale+total": 1000,
+        "offset+total": 1000,
+        "scale+offset+total": 1000,
+    }
+    assert rows[-1]["calls"] == {"scale": 1, "offset": 1, "total": 4, "oracle of scale": 1}
+    assert {(row["case"], row["patient"]) for row in rows} == {("x", "p")}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ("def cases", "def scans", "not a system"),
+        ("def score", "def metric", "not a system"),
+        ("def total(scale, offset)", "def total(scale, mask)", "total takes what no component above it makes"),
+        ("import Counter", "import Nothing", "cannot be executed"),
+        ("@component", "#", "not a system"),
+    ],
+)
+def test_files_that_are_no_system(tmp_path: Path, old: str, new: str, problem: str) -> None:
+    with pytest.raises(MedfusionError, match=problem):
+        load_system(written(tmp_path, SYSTEM.replace(old, new)))
+    with pytest.raises(MedfusionError, match="no Python file"):
+        load_system(tmp_path / "none.py")
+
+
+def test_a_failure_is_named(tmp_path: Path) -> None:
+    system = load_system(written(tmp_path, SYSTEM.replace("return scale + offset", "return scale / (offset - 100)")))
+    with pytest.raises(MedfusionError, match="x: total failed") as error:
+        list(run_case(system, system.cases()[0]))
+    assert error.value.facts == {"reason": "ZeroDivisionError: division by zero", "perfect": "offset"}
