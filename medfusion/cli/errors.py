@@ -230,6 +230,54 @@ def ask_command(
     typer.echo(f"This was question {answer['query']} to this blackbox set")
 
 
+@app.command("tag")
+def tag_command(
+    cases: Cases,
+    define: Define,
+    images: Annotated[Path, typer.Option(help="Folder of the scans, named as the cases.")],
+    store: Annotated[Path, typer.Option(help="SQLite file in which the tags are kept; made if it is not there.")],
+    predictions: Annotated[Path | None, typer.Option(help="Folder of label maps that the system made.")] = None,
+    truths: Annotated[Path | None, typer.Option(help="Folder of true label maps.")] = None,
+    split: Annotated[
+        Path | None, typer.Option(help="The folder of `errors split`: its blackbox cases are not shown.")
+    ] = None,
+    correct: Annotated[int, typer.Option(min=0, help="Correct cases that are mixed in, blind.")] = 10,
+    tag: Annotated[list[str] | None, typer.Option(help="To begin with; more can be made on the page.")] = None,
+    import_csv: Annotated[
+        Path | None, typer.Option("--import", metavar="CSV", help="Take in tags: case, reviewer, tag, comment.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0: any that is free.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the order and the correct cases.")] = 0,
+) -> None:
+    """Look at the errors and tag them, in a browser on this machine."""
+    from medfusion.cli.tag import cases_to_look_at, tag_cases
+
+    definition, judged = _judged(cases, define)
+    if split is not None:
+        from medfusion.analysis.blackbox import read_split
+
+        parts = read_split(split)
+        sealed = judged.index.isin(parts.index[parts["part"] == "blackbox"])
+        if sealed.any():
+            typer.echo(f"{sealed.sum()} blackbox cases stay sealed")
+        judged = judged[judged.index.isin(parts.index[parts["part"] == "eyeball"])]
+    if not judged["error"].any():
+        raise MedfusionError("there is no error to look at", cases=len(judged))
+    raise typer.Exit(
+        tag_cases(
+            cases_to_look_at(judged, correct, seed),
+            images,
+            predictions=predictions,
+            truths=truths,
+            store=store,
+            tags=tag or [],
+            import_csv=import_csv,
+            title=f"{definition.name} {definition.hash}",
+            port=port,
+        )
+    )
+
+
 @app.command("table")
 def table_command(
     cases: Cases,

@@ -6,7 +6,6 @@ The viewer is NiiVue (vendor/niivue). Scan, signed anomaly map and mask lie in t
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
 import json
 import math
@@ -22,14 +21,12 @@ from scipy import ndimage
 from medfusion.io.output import staged
 from medfusion.report.figures import grey_window, slice_figure
 from medfusion.report.page import Figure, template_environment
+from medfusion.report.viewer import block_affine, blocks, display_factors, map_nifti, nifti, scan_nifti
 from medfusion.volume import Volume
 
 if TYPE_CHECKING:
     from medfusion.io.findings import Finding
 
-VOXELS = 20_000_000  # more than these are shown at half resolution
-LEVELS = 1000  # values that scan and map are rounded to, so that the page stays small
-LARGE, FEW_LEVELS = 8_000_000, 250  # a scan of more voxels is rounded to fewer values
 PICTURES = 6  # findings with a picture of their own
 
 _HERE = Path(__file__).parent
@@ -68,12 +65,12 @@ def write_review(
         raise ValueError(f"{scan.name}: scan {scan.shape}, map {signed.shape} and mask {mask.shape} differ in shape")
     signed = np.nan_to_num(signed)
     window, peak = grey_window(scan), max(float(np.abs(signed).max()), threshold) or 1.0
-    factors = _display_factors(scan)
-    affine = _block_affine(scan.affine, factors)
+    factors = display_factors(scan)
+    affine = block_affine(scan.affine, factors)
     volumes = {
-        "scan": _scan_nifti(_blocks(scan.array, factors, np.mean), affine),
-        "map": _map_nifti(_blocks(signed, factors, _extreme), affine, threshold / 2, peak),
-        "mask": _nifti(_grown(_blocks(mask != 0, factors, np.max)), affine),
+        "scan": scan_nifti(blocks(scan.array, factors, np.mean), affine),
+        "map": map_nifti(blocks(signed, factors, _extreme), affine, threshold / 2, peak),
+        "mask": nifti(_grown(blocks(mask != 0, factors, np.max)), affine),
     }
     rows = [{key: _finite(value) for key, value in asdict(finding).items()} for finding in findings]
     page = {
@@ -92,7 +89,7 @@ def write_review(
     environment.filters["place"] = format_place
     html = environment.get_template("review.html").render(
         page=page,
-        volumes=volumes,
+        volumes={name: base64.b64encode(content).decode("ascii") for name, content in volumes.items()},
         scripts=scripts,
         script_hashes=[_script_hash(script) for script in scripts],
         factors=factors if max(factors) > 1 else (),
@@ -145,69 +142,6 @@ def _pictures(
     ]
 
 
-def _display_factors(scan: Volume) -> tuple[int, int, int]:
-    """Voxels joined along i, j, k for display: the finest axes are halved until few enough voxels are left."""
-    factors = np.ones(3, dtype=int)
-    while np.prod(-(-np.array(scan.shape) // factors)) > VOXELS:
-        spacing = scan.spacing * factors
-        factors[spacing < 1.5 * spacing.min()] *= 2
-    i, j, k = factors.tolist()
-    return i, j, k
-
-
-def _blocks(array: NDArray[Any], factors: tuple[int, int, int], join: Any) -> NDArray[Any]:
-    """``join`` over blocks of that many voxels; the last block of an axis repeats its last voxel."""
-    if max(factors) == 1:
-        return array
-    padded = np.pad(array, [(0, -n % f) for n, f in zip(array.shape, factors, strict=True)], mode="edge")
-    split = [size for n, f in zip(padded.shape, factors, strict=True) for size in (n // f, f)]
-    return np.asarray(join(padded.reshape(split), axis=(1, 3, 5)))
-
-
-def _extreme(array: NDArray[Any], axis: tuple[int, ...]) -> NDArray[Any]:
-    """The value farthest from zero."""
-    highest, lowest = array.max(axis=axis), array.min(axis=axis)
-    return np.where(highest >= -lowest, highest, lowest)
-
-
-def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """One voxel larger: its outline then runs around the coloured map, which would cover it."""
-    grown: NDArray[np.bool_] = ndimage.binary_dilation(mask)
-    return grown
-
-
-def _block_affine(affine: NDArray[np.float64], factors: tuple[int, int, int]) -> NDArray[np.float64]:
-    """Affine of the blocks: the centre of the first is in the middle of its voxels."""
-    block = np.diag([*factors, 1.0])
-    block[:3, 3] = (np.array(factors) - 1) / 2
-    return affine @ block
-
-
-def _scan_nifti(array: NDArray[Any], affine: NDArray[np.float64]) -> str:
-    """Clipped to the middle 99.98 % of its values."""
-    low, high = (float(value) for value in np.percentile(array, (0.01, 99.99)))
-    count, dtype = (FEW_LEVELS, np.uint8) if array.size > LARGE else (LEVELS, np.int16)
-    step = (high - low) / count or 1.0
-    levels = (np.clip(array, low, high).astype(np.float32) - low) / step
-    return _nifti(np.rint(levels).astype(dtype), affine, step, low)
-
-
-def _map_nifti(array: NDArray[Any], affine: NDArray[np.float64], least: float, peak: float) -> str:
-    levels = np.where(np.abs(array) > least, array, 0) / (peak / LEVELS)
-    return _nifti(np.rint(levels).astype(np.int16), affine, peak / LEVELS)
-
-
-def _nifti(levels: NDArray[Any], affine: NDArray[np.float64], slope: float = 1.0, intercept: float = 0.0) -> str:
-    """Gzipped NIfTI of ``slope`` * levels + ``intercept``, in base64."""
-    import nibabel
-
-    levels = levels.astype(np.uint8) if levels.dtype == np.bool_ else levels
-    image = nibabel.Nifti1Image(levels, affine)
-    image.header.set_xyzt_units("mm")
-    image.header.set_slope_inter(slope, intercept)
-    return base64.b64encode(gzip.compress(image.to_bytes(), compresslevel=6, mtime=0)).decode("ascii")
-
-
 def _digest(name: str, rows: Sequence[Mapping[str, object]], threshold: float, signed: NDArray[np.float32]) -> str:
     """What tells these results from others of the same case."""
     text = json.dumps([name, rows, threshold])
@@ -222,3 +156,15 @@ def _finite(value: Any) -> Any:
 def _script_hash(script: str) -> str:
     """For the Content-Security-Policy: this script runs, no other."""
     return base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+
+
+def _extreme(array: NDArray[Any], axis: tuple[int, ...]) -> NDArray[Any]:
+    """The value farthest from zero."""
+    highest, lowest = array.max(axis=axis), array.min(axis=axis)
+    return np.where(highest >= -lowest, highest, lowest)
+
+
+def _grown(mask: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """One voxel larger: its outline then runs around the coloured map, which would cover it."""
+    grown: NDArray[np.bool_] = ndimage.binary_dilation(mask)
+    return grown

@@ -9,8 +9,7 @@ import hashlib
 import io
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ def test_what_lies_far_below_the_threshold_is_left_out(tmp_path: Path) -> None:
 def test_a_large_scan_is_shown_at_half_resolution_in_the_same_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(review, "VOXELS", 12_000)
+    monkeypatch.setattr("medfusion.report.viewer.VOXELS", 12_000)
     affine = oblique() @ np.diag([1, 1, 3, 1.0])  # slices thrice as thick stay as they are
     index = np.moveaxis(np.indices((40, 36, 31)), 0, -1)
     right = index @ affine[0, :3] + affine[0, 3]
@@ -197,38 +196,6 @@ def test_places_name_the_side() -> None:
 
 
 # ---- In a browser
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Any]]:
-    """Opens a headless Chromium with further options; its downloads go to the attribute ``downloads``."""
-    if not shutil.which("chromium") or not shutil.which("chromedriver"):
-        pytest.skip("needs chromium and chromedriver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    opened = []
-
-    def open_browser(*more: str) -> Any:
-        folder = tmp_path_factory.mktemp("browser")
-        options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium") or ""
-        for option in (
-            *("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=1300,800"),
-            *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-            *(f"--user-data-dir={folder / 'profile'}", *more),
-        ):
-            options.add_argument(option)
-        options.add_experimental_option("prefs", {"download.default_directory": str(folder)})
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-        opened.append(driver)
-        driver.downloads = folder
-        return driver
-
-    yield open_browser
-    for driver in opened:
-        driver.quit()
 
 
 @pytest.fixture(scope="module")
