@@ -1,6 +1,10 @@
 """`medfusion errors`, as a team runs it: on CSV files of another system."""
 
 import json
+import signal
+import subprocess
+import sys
+import urllib.request
 from pathlib import Path
 
 import nibabel
@@ -189,3 +193,43 @@ def test_a_scan_under_two_names_stays_in_one_part(tmp_path: Path) -> None:
     (tmp_path / "cases.csv").write_text("case,patient\ns0,p\nt0,q\n")
     done = medfusion("errors", *arguments[:2], tmp_path / "other", *arguments[3:], "--eyeball", 1, "--images", scans)
     assert_refused(done, "cases without a scan", "t0")
+
+
+def test_the_eyeball_cases_are_served_and_the_blackbox_stays_sealed(tmp_path: Path) -> None:
+    for kind in ("scans", "truths"):
+        (tmp_path / kind).mkdir()
+        for number in range(12):
+            array = np.random.default_rng(number).normal(size=(6, 7, 8)) if kind == "scans" else np.ones((6, 7, 8))
+            nibabel.save(
+                nibabel.Nifti1Image(array.astype(np.float32), np.eye(4)), tmp_path / kind / f"s{number}.nii.gz"
+            )
+    (tmp_path / "error.yaml").write_text("name: x\ncase: y\nerror: {kind: value, column: dice, below: 0.7}\n")
+    lines = [f"s{number},p{number},{number % 2}" for number in range(12)]
+    (tmp_path / "cases.csv").write_text("case,patient,dice\n" + "\n".join(lines) + "\n")
+    (tmp_path / "tags.csv").write_text("case,reviewer,tag,comment\ns0,bob,motion,blurred\n")
+    define = ["--define", tmp_path / "error.yaml"]
+    errors("split", tmp_path / "cases.csv", tmp_path / "split", *define, "--eyeball", 8)
+    rows = (tmp_path / "split" / "split.csv").read_text().splitlines()
+    eyeball = {row.split(",")[0] for row in rows if ",eyeball," in row}
+    options = ["--images", tmp_path / "scans", "--truths", tmp_path / "truths", "--store", tmp_path / "tags.sqlite"]
+    options += ["--split", tmp_path / "split", "--correct", 1, "--tag", "noisy", "--import", tmp_path / "tags.csv"]
+    command = [sys.executable, "-m", "medfusion", "errors", "tag", tmp_path / "cases.csv", *define, *options]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        assert server.stdout.readline() == "4 blackbox cases stay sealed\n"
+        server.stdout.readline()
+        address = server.stdout.readline().strip()
+        study = json.loads(urllib.request.urlopen(f"{address}study/bob").read())
+        names = json.loads(urllib.request.urlopen(f"{address}image/0/names").read())
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0
+    assert set(study["cases"]) <= eyeball
+    wrong = {f"s{number}" for number in range(0, 12, 2)} & eyeball
+    assert wrong < set(study["cases"])
+    assert len(study["cases"]) == len(wrong) + 1
+    assert list(study["tags"]) == ["label is wrong", "noisy", "motion"]
+    assert study["comments"] == {"s0": "blurred"}
+    assert names == ["scan", "truth"]
+    (tmp_path / "truths" / "s0.nii.gz").unlink()
+    done = medfusion("errors", "tag", tmp_path / "cases.csv", *define, *options[:6])
+    assert_refused(done, "cases without a file in", "s0")
