@@ -40,7 +40,7 @@ from medfusion.training import load_training_set, train
 CONFIG = Path(__file__).parent.parent / "configs" / "hippocampus.yaml"
 UNLABELLED_STEPS, LABELLED_STEPS = 6000, 300
 LABELLED_RATE = 1.0e-3  # of the second training: half that of the first
-SEGMENTER = SegmenterConfig(crop=32, steps=3000)
+SEGMENTER = SegmenterConfig(crop=32, steps=6000)
 CLASSES = 3
 KNOWN = load_config(CONFIG).preprocessing
 SEED = 0  # of the order of the pictures

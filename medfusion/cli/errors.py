@@ -223,7 +223,9 @@ def ask_command(
     if as_json:
         _print_json(answer)
         return
-    rate = _percent(answer["error_rate"], answer["low"], answer["high"])
+    from medfusion.report.errors import percent
+
+    rate = percent(answer["error_rate"], answer["low"], answer["high"])
     typer.echo(
         f"{model}  {rate}, {answer['errors']} errors in {answer['cases']} cases of {answer['patients']} patients"
     )
@@ -253,14 +255,7 @@ def tag_command(
     from medfusion.cli.tag import cases_to_look_at, tag_cases
 
     definition, judged = _judged(cases, define)
-    if split is not None:
-        from medfusion.analysis.blackbox import read_split
-
-        parts = read_split(split)
-        sealed = judged.index.isin(parts.index[parts["part"] == "blackbox"])
-        if sealed.any():
-            typer.echo(f"{sealed.sum()} blackbox cases stay sealed")
-        judged = judged[judged.index.isin(parts.index[parts["part"] == "eyeball"])]
+    judged = _eyeball(judged, split)
     if not judged["error"].any():
         raise MedfusionError("there is no error to look at", cases=len(judged))
     raise typer.Exit(
@@ -300,25 +295,14 @@ def table_command(
     if as_json:
         _print_json({"definition": definition.hash, **asdict(found), "tags": _records(found.tags)})
         return
-    rows = {
-        tag: (
-            f"{row['count']:.0f}",
-            _percent(row["share"], row["low"], row["high"]),
-            f"{row['exclusive']:.0f}",
-            _percent(row["loss_share"]),
-            _percent(row["among_correct"]),
-            _percent(row["ceiling"], row["ceiling_low"], row["ceiling_high"]),
-            _percent(row["after"]),
-            *((_plain(row["cost"]), _points(row["gain_per_cost"])) if cost else ()),
-        )
-        for tag, row in found.tags.iterrows()
-    }
-    columns = ["errors", "share", "this alone", "of the loss", "of correct ones", "gain at most", "error after"]
+    from medfusion.report.errors import percent, tag_rows
+
+    columns, rows = tag_rows(found)
     title = (
-        f"{found.errors} errors in {found.cases} cases, {found.looked_at} looked at; error {_percent(found.error_rate)}"
+        f"{found.errors} errors in {found.cases} cases, {found.looked_at} looked at; error {percent(found.error_rate)}"
         f"  [{definition.name} {definition.hash}]"
     )
-    _print_table(title, "tag", [*columns, *(["cost", "points for 1"] if cost else [])], rows)
+    _print_table(title, "tag", columns, rows)
     for warning in found.warnings:
         typer.echo(f"Caution  {warning}")
 
@@ -371,8 +355,10 @@ def overfit_command(
     if as_json:
         _print_json(asdict(found) | {"definition": definition.hash})
         return
+    from medfusion.report.errors import percent
+
     for name, change in (("Eyeball ", found.eyeball), ("Blackbox", found.blackbox)):
-        typer.echo(f"{name}  error {_percent(change.before)} -> {_percent(change.now)}, {change.cases} cases")
+        typer.echo(f"{name}  error {percent(change.before)} -> {percent(change.now)}, {change.cases} cases")
     limits = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
     typer.echo(
         f"Gap       {100 * found.gap:.1f} points, {limits} at look {look}; detectable {100 * found.detectable:.1f}"
@@ -407,31 +393,12 @@ def parts_command(
     if as_json:
         _print_json({"definition": definition.hash, **asdict(found), "table": _records(found.table)})
         return
-    number = _plain if loss else _percent
-    rows = {
-        name: (
-            number(row["shapley"], row["low"], row["high"]),
-            number(row["alone"]),
-            number(row["last"]),
-            _percent(row["blamed_share"], row["blamed_low"], row["blamed_high"]),
-            f"{row['harmful']:.0f}",
-        )
-        for name, row in found.table.iterrows()
-    }
-    what = "mean loss" if loss else "error rate"
-    title = (
-        f"{found.cases} cases of {found.patients} patients: {what} {number(found.none)}, {number(found.all)} when all "
-        f"is perfect  [{definition.name} {definition.hash}]"
-    )
-    columns = [f"of the {what}, {level:.0%} interval", "alone", "last of all", "errors it mends first", "harms"]
-    _print_table(title, "component", columns, rows)
-    typer.echo("Work on   " + ", ".join(f"{name} (to {number(left)})" for name, left in found.order))
-    if found.residual:
-        from medfusion.errors import some
+    from medfusion.report.errors import part_lines, part_rows
 
-        typer.echo(
-            f"Residual  {len(found.residual)} cases stay wrong, a bad label, metric or design: {some(found.residual)}"
-        )
+    first, *more = part_lines(found)
+    _print_table(f"{first}  [{definition.name} {definition.hash}]", "component", *part_rows(found))
+    for line in more:
+        typer.echo(line)
 
 
 @app.command("run")
@@ -490,20 +457,59 @@ def slices_command(
     if as_json:
         _print_json({"definition": definition.hash, **asdict(found), "table": _records(found.table)})
         return
-    rows = {
-        row["slice"]: (
-            f"{row['cases']:.0f} of {row['patients']:.0f} patients",
-            _percent(row["coverage"]),
-            _percent(row["rate"], row["low"], row["high"]),
-            _percent(row["rest"]),
-            f"{row['p']:.2g}" + (" *" if row["confirmed"] else ""),
-        )
-        for _, row in found.table.iterrows()
-    }
+    from medfusion.report.errors import slice_rows
+
     title = f"{found.kept_back} cases that were kept back  [{definition.name} {definition.hash}]"
-    _print_table(title, "slice", ["cases", "of all", "error", "elsewhere", "p"], rows)
+    _print_table(title, "slice", *slice_rows(found))
     if found.left_out:
         typer.echo(f"Not used: {', '.join(found.left_out)} (the same everywhere, or too many names)")
+
+
+@app.command("report")
+def report_command(
+    cases: Cases,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for report.html and a CSV file of each table.")],
+    define: Define,
+    tags: Annotated[Path | None, typer.Option(help="CSV file of tags: a table of kinds, and agreement of two.")] = None,
+    cost: Annotated[list[str] | None, typer.Option(metavar="TAG=COST", help="As for `errors table`.")] = None,
+    parts: Annotated[Path | None, typer.Option(help="CSV file of `errors run`: which component is to blame.")] = None,
+    split: Annotated[
+        Path | None, typer.Option(help="The folder of `errors split`: blackbox cases are left out, questions listed.")
+    ] = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the scans: pictures of the worst errors.")] = None,
+    truths: Annotated[Path | None, typer.Option(help="Folder of true label maps, outlined in the pictures.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+) -> None:
+    """All of it in one offline page, with the tables as CSV files beside it."""
+    from medfusion.cli.error_report import write_error_report
+
+    definition, judged = _judged(cases, define)
+    write_error_report(
+        definition,
+        _eyeball(judged, split),
+        output,
+        tags=tags,
+        costs=_costs(cost or []),
+        parts=parts,
+        split=split,
+        images=images,
+        truths=truths,
+        overwrite=overwrite,
+    )
+    typer.echo(f"Report: {output / 'report.html'}")
+
+
+def _eyeball(judged: pd.DataFrame, split: Path | None) -> pd.DataFrame:
+    """The cases that may be looked at; all where there is no split."""
+    if split is None:
+        return judged
+    from medfusion.analysis.blackbox import read_split
+
+    parts = read_split(split)
+    sealed = judged.index.isin(parts.index[parts["part"] == "blackbox"])
+    if sealed.any():
+        typer.echo(f"{sealed.sum()} blackbox cases stay sealed", err=True)
+    return judged[judged.index.isin(parts.index[parts["part"] == "eyeball"])]
 
 
 def _judged(cases: Path, define: Path) -> tuple[Definition, pd.DataFrame]:
@@ -557,25 +563,6 @@ def _finite(value: Any) -> Any:
     if hasattr(value, "item"):
         value = value.item()
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _percent(value: float, low: float = math.nan, high: float = math.nan) -> str:
-    """In %, with an interval if there is one; "" for nan."""
-    if math.isnan(value):
-        return ""
-    text = f"{100 * value:.1f} %"
-    return text if math.isnan(low) else f"{text} ({100 * low:.1f}\N{EN DASH}{100 * high:.1f})"
-
-
-def _plain(value: float, low: float = math.nan, high: float = math.nan) -> str:
-    """As it is, with an interval if there is one; "" for nan."""
-    if math.isnan(value):
-        return ""
-    return f"{value:.4g}" if math.isnan(low) else f"{value:.4g} ({low:.4g}\N{EN DASH}{high:.4g})"
-
-
-def _points(value: float) -> str:
-    return "" if math.isnan(value) else f"{100 * value:.3g}"
 
 
 def _kappa(row: pd.Series) -> str:

@@ -97,7 +97,7 @@ def test_parts(folder: Path) -> None:
     shares = {row["component"]: row["shapley"] for row in found["table"]}
     assert shares == pytest.approx({"segment": (20 - 2) / 60, "classify": (12 - 2) / 60})
     assert [name for name, _ in found["order"]] == ["segment", "classify"]
-    assert "Work on   segment (to 20.0 %)" in errors(*arguments)
+    assert "Work on segment (to 20.0 %)" in errors(*arguments)
     (folder / "parts.csv").write_text("\n".join(rows[:-1]) + "\n")
     assert_refused(medfusion("errors", *arguments), "every case needs all 4 subsets", "k59")
 
@@ -136,6 +136,39 @@ def test_a_system_is_run_resumed_and_attributed(folder: Path) -> None:
     assert [row["last"] for row in found["table"]] == pytest.approx([0, 12 / 60])
     system.write_text(SYSTEM.replace("LAST", "70").replace('"p": mass', '"q": mass'))
     assert_refused(medfusion("errors", "run", system, table, "--resume"), "other columns than `score` returns")
+
+
+def test_report(folder: Path) -> None:
+    rows = [f"k{number:03d},ann,{'small' if number % 2 else '<b>odd</b>'}" for number in range(0, 200, 5)]
+    (folder / "tags.csv").write_text("case,reviewer,tag\n" + "\n".join(rows) + "\n")
+    define, out = ["--define", folder / "error.yaml"], folder / "out"
+    errors("split", folder / "cases.csv", folder / "split", *define, "--eyeball", 150)
+    errors("ask", folder / "split", folder / "cases.csv", *define, "--model", "first")
+    rows = (folder / "split" / "split.csv").read_text().splitlines()
+    sealed = {row.split(",")[0] for row in rows if ",blackbox," in row}
+    given = (folder / "tags.csv").read_text().splitlines()
+    (folder / "tags.csv").write_text("\n".join(row for row in given if row.split(",")[0] not in sealed) + "\n")
+    arguments = [
+        "report",
+        folder / "cases.csv",
+        out,
+        *define,
+        "--tags",
+        folder / "tags.csv",
+        "--split",
+        folder / "split",
+    ]
+    assert "blackbox cases stay sealed" in medfusion("errors", *arguments).stderr
+    page = (out / "report.html").read_text()
+    assert "first" in page
+    assert "&lt;b&gt;odd" in page
+    assert not [name for name in sealed if name in page or name in (out / "cases.csv").read_text()]
+    assert "site is " in (out / "slices.csv").read_text()
+    definitions = {line.rsplit(",", 1)[1] for line in (out / "tags.csv").read_text().splitlines()[1:]}
+    assert len(definitions) == 1
+    assert definitions.pop() in page
+    assert "holds a report already" in medfusion("errors", *arguments).stderr
+    errors(*arguments, "--overwrite")
 
 
 def test_tables_that_cannot_be_read(folder: Path) -> None:
@@ -214,9 +247,10 @@ def test_the_eyeball_cases_are_served_and_the_blackbox_stays_sealed(tmp_path: Pa
     options = ["--images", tmp_path / "scans", "--truths", tmp_path / "truths", "--store", tmp_path / "tags.sqlite"]
     options += ["--split", tmp_path / "split", "--correct", 1, "--tag", "noisy", "--import", tmp_path / "tags.csv"]
     command = [sys.executable, "-m", "medfusion", "errors", "tag", tmp_path / "cases.csv", *define, *options]
-    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        assert server.stdout.readline() == "4 blackbox cases stay sealed\n"
+        assert server.stderr is not None
+        assert server.stderr.readline() == "4 blackbox cases stay sealed\n"
         server.stdout.readline()
         address = server.stdout.readline().strip()
         study = json.loads(urllib.request.urlopen(f"{address}study/bob").read())
