@@ -24,7 +24,6 @@ from medfusion.metrics.intervals import resampled
 MOST = 6  # components: 64 subsets
 LEVEL = 0.9
 SEPARATOR = "+"  # between the components of a subset
-NOBODY = "nothing mends it"
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,8 +162,9 @@ class Attribution:
     blamed, blamed_share, blamed_low, blamed_high : errors that it is the first to mend, and their share of all errors
     harmful : cases that its oracle makes wrong, with some subset
 
+    ``unmended`` is the share of the errors that all oracles together do not mend, with its interval. ``residual`` are
+    the cases that are wrong when all is perfect: a bad label, metric or design. ``harmed`` are component and case.
     ``order`` names the components by the gain of working on them one after the other, and what is left after each.
-    ``residual`` are the cases that stay wrong when all is perfect: a bad label, metric or design.
     """
 
     table: pd.DataFrame
@@ -175,6 +175,7 @@ class Attribution:
     none: float
     all: float
     order: tuple[tuple[str, float], ...]
+    unmended: tuple[float, float, float]
     residual: tuple[str, ...]
     harmed: tuple[tuple[str, str], ...]
 
@@ -190,24 +191,20 @@ def attribute(parts: Parts, measure: str = "error", level: float = LEVEL) -> Att
     values = parts.error.astype(float) if measure == "error" else parts.loss
     names, count = parts.components, len(parts.components)
     each, blame, harm = shapley(values), sequential_blame(parts.error), harmful(parts.error)
-    blamed = blame[:, None] == np.arange(count)
+    blamed = blame[:, None] == np.arange(count + 1)  # the last: nothing mends it
     wrong = parts.error[:, 0]
     mean = values.mean(axis=0)
 
     def shares(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        """(b, 2, K) Shapley shares, and shares of the errors blamed, of sums over cases."""
-        errors = sums[:, 1, None]
-        share = np.divide(
-            sums[:, 2 + count :], errors, out=np.full_like(sums[:, 2 + count :], np.nan), where=errors > 0
-        )
-        return np.stack([sums[:, 2 : 2 + count] / sums[:, :1], share], axis=1)
+        """(b, 2 K + 1) Shapley shares, and shares of the errors blamed, of sums over cases."""
+        errors, of = sums[:, 1, None], sums[:, 2 + count :]
+        share = np.divide(of, errors, out=np.full_like(of, np.nan), where=errors > 0)
+        return np.concatenate([sums[:, 2 : 2 + count] / sums[:, :1], share], axis=1)
 
-    table = np.column_stack([np.ones(len(wrong)), wrong, each, blamed])
     tails = ((1 - level) / 2, (1 + level) / 2)
-    drawn = resampled(shares, table, parts.patients)
-    (low, blamed_low), (high, blamed_high) = (
-        np.nanquantile(drawn, tails, axis=0) if wrong.any() else np.full((2, 2, count), np.nan)
-    )
+    drawn = resampled(shares, np.column_stack([np.ones(len(wrong)), wrong, each, blamed]), parts.patients)
+    low, high = np.nanquantile(drawn, tails, axis=0) if wrong.any() else np.full((2, 2 * count + 1), np.nan)
+    blamed_share = blamed.sum(axis=0) / max(1, wrong.sum())
     bits = [1 << k for k in range(count)]
     everything = 2**count - 1
     way = working_order(mean)
@@ -215,14 +212,14 @@ def attribute(parts: Parts, measure: str = "error", level: float = LEVEL) -> Att
         table=pd.DataFrame(
             {
                 "shapley": each.mean(axis=0),
-                "low": low,
-                "high": high,
+                "low": low[:count],
+                "high": high[:count],
                 "alone": [mean[0] - mean[bit] for bit in bits],
                 "last": [mean[everything ^ bit] - mean[everything] for bit in bits],
-                "blamed": blamed.sum(axis=0),
-                "blamed_share": blamed.sum(axis=0) / max(1, wrong.sum()),
-                "blamed_low": blamed_low,
-                "blamed_high": blamed_high,
+                "blamed": blamed[:, :count].sum(axis=0),
+                "blamed_share": blamed_share[:count],
+                "blamed_low": low[count:-1],
+                "blamed_high": high[count:-1],
                 "harmful": harm.sum(axis=0),
             },
             index=pd.Index(names, name="component"),
@@ -234,6 +231,7 @@ def attribute(parts: Parts, measure: str = "error", level: float = LEVEL) -> Att
         none=float(mean[0]),
         all=float(mean[everything]),
         order=tuple((subset_name(after ^ before, names), float(mean[after])) for before, after in pairwise(way)),
+        unmended=(float(blamed_share[-1]), float(low[-1]), float(high[-1])),
         residual=tuple(parts.cases[parts.error[:, everything]]),
         harmed=tuple((names[k], str(parts.cases[n])) for n, k in np.argwhere(harm)),
     )

@@ -87,7 +87,8 @@ def part_lines(found: Attribution) -> list[str]:
     ]
     if found.residual:
         names = ", ".join(found.residual[:LISTED]) + (" and more" if len(found.residual) > LISTED else "")
-        lines.append(f"{len(found.residual)} cases stay wrong, by a bad label, metric or design: {names}")
+        share = percent(*found.unmended)
+        lines.append(f"Nothing mends {share} of the errors, by a bad label, metric or design: {names}")
     if found.harmed:
         pairs = ", ".join(f"{case} by {name}" for name, case in found.harmed[:LISTED])
         lines.append(f"Made wrong by a perfect component: {pairs}{' and more' if len(found.harmed) > LISTED else ''}")

@@ -67,6 +67,7 @@ def test_blame_and_harm_by_hand() -> None:
     assert found.table["last"].tolist() == pytest.approx([2 / 7, (1 + 1 + 1) / 7])
     assert found.table["harmful"].tolist() == [1, 0]
     assert found.residual == ("case5",)
+    assert found.unmended[0] == 0.2
     assert found.harmed == (("a", "case6"),)
     assert (found.none, found.all) == (5 / 7, 1 / 7)
     assert found.table["shapley"].sum() == pytest.approx(4 / 7)
