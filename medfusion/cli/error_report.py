@@ -42,7 +42,7 @@ def write_error_report(
     ------
     MedfusionError : a file is there already, or a table cannot be used.
     """
-    from medfusion.analysis.blackbox import read_log
+    from medfusion.analysis.blackbox import read_log, read_split, refuse_blackbox
     from medfusion.analysis.error_table import error_table
     from medfusion.analysis.parts import attribute, parts_from_table
     from medfusion.analysis.slices import find_slices
@@ -55,6 +55,8 @@ def write_error_report(
     if (output / "report.html").exists() and not overwrite:
         raise MedfusionError(f"{output}: holds a report already", fix="--overwrite replaces it")
     given = read_tags(tags) if tags else None
+    if given is not None and split is not None:
+        refuse_blackbox(read_split(split), given["case"])
     table = error_table(judged, tag_matrix(given), costs) if given is not None else None
     agree = agreement(given) if given is not None and given["reviewer"].nunique() == 2 else None
     blamed = None

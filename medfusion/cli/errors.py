@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,6 +24,9 @@ IDENTITIES = ("series_uid", "voxels")  # columns that --images adds
 Define = Annotated[Path, typer.Option("--define", metavar="YAML", help="What a case is and which are errors.")]
 Cases = Annotated[Path, typer.Argument(metavar="CASES", help="A CSV file with a row for each case and its scores.")]
 SplitFolder = Annotated[Path, typer.Argument(metavar="SPLIT", help="The folder that `errors split` wrote.")]
+Split = Annotated[
+    Path | None, typer.Option("--split", metavar="SPLIT", help="Of `errors split`: blackbox cases are left out.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="A JSON object instead of text.")]
 
 
@@ -240,9 +243,7 @@ def tag_command(
     store: Annotated[Path, typer.Option(help="SQLite file in which the tags are kept; made if it is not there.")],
     predictions: Annotated[Path | None, typer.Option(help="Folder of label maps that the system made.")] = None,
     truths: Annotated[Path | None, typer.Option(help="Folder of true label maps.")] = None,
-    split: Annotated[
-        Path | None, typer.Option(help="The folder of `errors split`: its blackbox cases are not shown.")
-    ] = None,
+    split: Split = None,
     correct: Annotated[int, typer.Option(min=0, help="Correct cases that are mixed in, blind.")] = 10,
     tag: Annotated[list[str] | None, typer.Option(help="To begin with; more can be made on the page.")] = None,
     import_csv: Annotated[
@@ -284,6 +285,7 @@ def table_command(
     error_rate: Annotated[
         float | None, typer.Option(help="Of the system, where CASES holds its errors alone; default: that of CASES.")
     ] = None,
+    split: Split = None,
     as_json: AsJson = False,
 ) -> None:
     """What each kind of error costs, and how far the error falls if it is mended."""
@@ -291,7 +293,8 @@ def table_command(
     from medfusion.analysis.tags import read_tags, tag_matrix
 
     definition, judged = _judged(cases, define)
-    found = error_table(judged, tag_matrix(read_tags(tags)), _costs(cost or []), error_rate)
+    given = tag_matrix(read_tags(tags))
+    found = error_table(_eyeball(judged, split, given.index), given, _costs(cost or []), error_rate)
     if as_json:
         _print_json({"definition": definition.hash, **asdict(found), "tags": _records(found.tags)})
         return
@@ -379,6 +382,7 @@ def parts_command(
     ] = None,
     loss: Annotated[bool, typer.Option("--loss", help="Share out the mean loss and not the error rate.")] = False,
     level: Annotated[float, typer.Option(min=0.5, max=0.999, help="Of the intervals.")] = 0.9,
+    split: Split = None,
     as_json: AsJson = False,
 ) -> None:
     """Which component is to blame: the system judged with every subset of its components made perfect."""
@@ -387,9 +391,10 @@ def parts_command(
     from medfusion.analysis.tables import read_table
 
     definition = read_definition(define)
-    found = attribute(
-        parts_from_table(read_table(table), definition, component or ()), "loss" if loss else "error", level
-    )
+    rows = read_table(table)
+    if split is not None:
+        rows = rows[~rows[definition.columns.case].isin(_sealed(split))]
+    found = attribute(parts_from_table(rows, definition, component or ()), "loss" if loss else "error", level)
     if as_json:
         _print_json({"definition": definition.hash, **asdict(found), "table": _records(found.table)})
         return
@@ -447,13 +452,15 @@ def slices_command(
     ] = None,
     depth: Annotated[int, typer.Option(min=1, max=5, help="Conditions that a slice has at most.")] = 3,
     seed: Annotated[int, typer.Option(help="Of the two halves.")] = 0,
+    split: Split = None,
     as_json: AsJson = False,
 ) -> None:
     """Where the error concentrates: found on one half of the patients, confirmed on the other."""
     from medfusion.analysis.slices import find_slices
 
     definition, judged = _judged(cases, define)
-    found = find_slices(judged.drop(columns=list(definition.error.columns)), column or (), depth=depth, seed=seed)
+    known = _eyeball(judged, split).drop(columns=list(definition.error.columns))
+    found = find_slices(known, column or (), depth=depth, seed=seed)
     if as_json:
         _print_json({"definition": definition.hash, **asdict(found), "table": _records(found.table)})
         return
@@ -473,9 +480,7 @@ def report_command(
     tags: Annotated[Path | None, typer.Option(help="CSV file of tags: a table of kinds, and agreement of two.")] = None,
     cost: Annotated[list[str] | None, typer.Option(metavar="TAG=COST", help="As for `errors table`.")] = None,
     parts: Annotated[Path | None, typer.Option(help="CSV file of `errors run`: which component is to blame.")] = None,
-    split: Annotated[
-        Path | None, typer.Option(help="The folder of `errors split`: blackbox cases are left out, questions listed.")
-    ] = None,
+    split: Split = None,
     images: Annotated[Path | None, typer.Option(help="Folder of the scans: pictures of the worst errors.")] = None,
     truths: Annotated[Path | None, typer.Option(help="Folder of true label maps, outlined in the pictures.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
@@ -499,17 +504,30 @@ def report_command(
     typer.echo(f"Report: {output / 'report.html'}")
 
 
-def _eyeball(judged: pd.DataFrame, split: Path | None) -> pd.DataFrame:
-    """The cases that may be looked at; all where there is no split."""
-    if split is None:
-        return judged
+def _sealed(split: Path) -> pd.Index:
+    """The cases that nobody looks at."""
     from medfusion.analysis.blackbox import read_split
 
     parts = read_split(split)
-    sealed = judged.index.isin(parts.index[parts["part"] == "blackbox"])
+    return parts.index[parts["part"] == "blackbox"]
+
+
+def _eyeball(judged: pd.DataFrame, split: Path | None, looked_at: Iterable[str] = ()) -> pd.DataFrame:
+    """The cases that may be looked at; all where there is no split.
+
+    Raises
+    ------
+    MedfusionError : one of the cases ``looked_at`` should not have been.
+    """
+    if split is None:
+        return judged
+    from medfusion.analysis.blackbox import read_split, refuse_blackbox
+
+    refuse_blackbox(read_split(split), looked_at)
+    sealed = judged.index.isin(_sealed(split))
     if sealed.any():
         typer.echo(f"{sealed.sum()} blackbox cases stay sealed", err=True)
-    return judged[judged.index.isin(parts.index[parts["part"] == "eyeball"])]
+    return judged[~sealed]
 
 
 def _judged(cases: Path, define: Path) -> tuple[Definition, pd.DataFrame]:

@@ -169,6 +169,10 @@ def test_report(folder: Path) -> None:
     assert definitions.pop() in page
     assert "holds a report already" in medfusion("errors", *arguments).stderr
     errors(*arguments, "--overwrite")
+    with (folder / "tags.csv").open("a") as file:
+        file.write(f"{min(sealed)},ann,peeked\n")
+    done = medfusion("errors", "table", folder / "cases.csv", folder / "tags.csv", *define, "--split", folder / "split")
+    assert_refused(done, "in the blackbox set", min(sealed))
 
 
 def test_tables_that_cannot_be_read(folder: Path) -> None:
