@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +72,10 @@ def load_system(path: Path) -> System:
     MedfusionError : it cannot be executed, lacks ``cases``, ``score`` or components, or one takes what is not made
         before it.
     """
-    spec = importlib.util.spec_from_file_location(path.stem, path)
+    spec = importlib.util.spec_from_file_location(f"medfusion_system_{path.stem}", path)
     if spec is None or spec.loader is None or not path.is_file():
         raise MedfusionError(f"{path}: no Python file")
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
     try:
         spec.loader.exec_module(module)
     except Exception as error:

@@ -588,14 +588,24 @@ def _kappa(row: pd.Series) -> str:
 
 
 def _print_table(title: str, name: str, columns: list[str], rows: Mapping[Any, tuple[str, ...]]) -> None:
+    """Narrow enough for 80 columns: shares are in % without saying so in each cell, intervals stand below."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(title=escape(title), title_justify="left")
-    table.add_column(name)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for first, cells in rows.items():
-        table.add_row(escape(str(first)), *map(escape, cells))
-    Console().print(table)
+    table = Table(title=escape(title), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(name, overflow="fold", min_width=min(14, max(map(len, map(str, rows)), default=0)))
+    bare = {
+        key: [cell.replace(" %", "").replace(" (", "\n").removesuffix(")") for cell in cells]
+        for key, cells in rows.items()
+    }
+    for place, column in enumerate(columns):
+        header = f"{column} (%)" if any("%" in cells[place] for cells in rows.values()) else column
+        words = [*header.split(), *(line for cells in bare.values() for line in cells[place].splitlines())]
+        table.add_column(header, justify="right", min_width=max(map(len, words)))
+    for key, cells in bare.items():
+        table.add_row(escape(str(key)), *map(escape, cells))
+    console = Console()
+    console.width = max(console.width, 96)  # a narrower one would leave the last columns out
+    console.print(table)

@@ -40,7 +40,7 @@ def plain(value: float, low: float = math.nan, high: float = math.nan) -> str:
 def tag_rows(found: ErrorTable) -> tuple[list[str], dict[str, tuple[str, ...]]]:
     """Columns, and the cells of each tag."""
     costs = found.tags["cost"].notna().any()
-    columns = ["errors", "share", "this alone", "of the loss", "of correct ones", "gain at most", "error after"]
+    columns = ["errors", "share", "alone", "of loss", "of correct", "gain at most", "error after"]
     rows = {
         str(tag): (
             f"{row['count']:.0f}",
@@ -50,11 +50,11 @@ def tag_rows(found: ErrorTable) -> tuple[list[str], dict[str, tuple[str, ...]]]:
             percent(row["among_correct"]),
             percent(row["ceiling"], row["ceiling_low"], row["ceiling_high"]),
             percent(row["after"]),
-            *((plain(row["cost"]), plain(100 * row["gain_per_cost"])) if costs else ()),
+            *((plain(100 * row["gain_per_cost"]),) if costs else ()),
         )
         for tag, row in found.tags.iterrows()
     }
-    return [*columns, *(["cost", "points for 1"] if costs else [])], rows
+    return [*columns, *(["gain/cost"] if costs else [])], rows
 
 
 def part_rows(found: Attribution) -> tuple[list[str], dict[str, tuple[str, ...]]]:

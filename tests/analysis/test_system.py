@@ -8,14 +8,21 @@ from medfusion.analysis.system import load_system, run_case
 from medfusion.errors import MedfusionError
 
 SYSTEM = """
+from __future__ import annotations
 from collections import Counter
-from types import SimpleNamespace
+from dataclasses import dataclass
 from medfusion.analysis.system import component
 
 calls = Counter()
 
+@dataclass
+class Case:
+    name: str
+    patient: str
+    signal: int
+
 def cases():
-    return [SimpleNamespace(name="x", patient="p", signal=3)]
+    return [Case(name="x", patient="p", signal=3)]
 
 @component(oracle=lambda case: calls.update(["oracle of scale"]) or 10)
 def scale(case):
