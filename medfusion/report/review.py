@@ -84,7 +84,7 @@ def write_review(
         "to_voxel": np.linalg.inv(scan.affine)[:3].tolist(),
         "shape": scan.shape,
     }
-    scripts = [(_HERE / "vendor/niivue/niivue.umd.js").read_text("utf-8"), (_HERE / "review.js").read_text("utf-8")]
+    scripts = [(_HERE / name).read_text("utf-8") for name in ("vendor/niivue/niivue.umd.js", "viewer.js", "review.js")]
     environment = template_environment()
     environment.filters["place"] = format_place
     html = environment.get_template("review.html").render(

@@ -143,34 +143,13 @@
 
   // ---- The viewer
 
-  async function openViewer() {
-    if (!document.createElement("canvas").getContext("webgl2")) throw new Error("this browser has no WebGL 2");
-    const opened = new niivue.Niivue({
-      isRadiologicalConvention: true,
-      sagittalNoseLeft: true,
-      isSliceMM: true,
-      multiplanarShowRender: niivue.SHOW_RENDER.NEVER,
-      crosshairColor: [0.95, 0.85, 0.35, 0.8],
-      crosshairWidth: 0.5,
-      crosshairWidthUnit: "mm",
-      crosshairGap: 20,
-      dragAndDropEnabled: false,
-      clipPlaneHotKey: "",
-      cycleClipPlaneHotKey: "",
-      viewModeHotKey: "",
-      logLevel: "error",
-    });
-    await opened.attachToCanvas(element("canvas"));
-    return opened;
-  }
-
   async function show(number) {
     const turn = ++loading;
     const notice = element("stage-notice");
     notice.hidden = false;
     notice.textContent = "Loading the scan.";
     try {
-      viewer ??= await openViewer();
+      viewer ??= await openNiivue(element("canvas"));
       const names = await (await fetch(`image/${number}/names`)).json();
       const volumes = [];
       for (const name of names) {

@@ -22,7 +22,11 @@ from medfusion.report.page import template_environment
 HOST = "127.0.0.1"
 LARGEST = 20_000  # bytes of a request
 _HERE = Path(__file__).parent
-_SCRIPTS = {"niivue.js": _HERE / "vendor/niivue/niivue.umd.js", "tagging.js": _HERE / "tagging.js"}
+_SCRIPTS = {
+    "niivue.js": _HERE / "vendor/niivue/niivue.umd.js",
+    "viewer.js": _HERE / "viewer.js",
+    "tagging.js": _HERE / "tagging.js",
+}
 # The browser itself enforces it: scripts and data of this server alone, no frame around the page.
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'unsafe-inline'; connect-src 'self'; img-src data: blob:; "
