@@ -36,10 +36,10 @@ from medfusion.errors import MedfusionError, some
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 
-def component(*, oracle: Callable[[Any], Any]) -> Callable[[Function], Function]:
-    """Mark a function as a component; ``oracle`` takes the case and returns the component's perfect output.
+def component(*, oracle: Callable[..., Any]) -> Callable[[Function], Function]:
+    """Mark a function as a component; ``oracle`` returns its perfect output.
 
-    The function's parameters are ``case`` and the names of components above it.
+    The parameters of both are ``case`` and names of components above: the best threshold depends on the scores.
     """
 
     def mark(function: Function) -> Function:
@@ -51,10 +51,11 @@ def component(*, oracle: Callable[[Any], Any]) -> Callable[[Function], Function]
 
 @dataclass(frozen=True)
 class System:
-    """``needs`` names what each component, and "score", takes beside the case."""
+    """``needs`` and ``oracle_needs`` name what each component, "score", and each oracle take beside the case."""
 
     components: Mapping[str, Callable[..., Any]]
     needs: Mapping[str, tuple[str, ...]]
+    oracle_needs: Mapping[str, tuple[str, ...]]
     cases: Callable[[], Iterable[Any]]
     score: Callable[..., Mapping[str, Any]]
 
@@ -90,13 +91,19 @@ def load_system(path: Path) -> System:
             components=f"{some(components) or 'none'}; 1 to {MOST} can be judged",
         )
     needs: dict[str, tuple[str, ...]] = {}
+    oracle_needs: dict[str, tuple[str, ...]] = {}
     for name, function in [*components.items(), ("score", functions["score"])]:
-        taken = [each for each in inspect.signature(function).parameters if each != "case"]
-        unknown = [each for each in taken if each not in needs]
+        taken = _taken(function)
+        of_oracle = _taken(function.oracle) if name in components else ()
+        unknown = sorted({*taken, *of_oracle} - set(needs))
         if unknown:
             raise MedfusionError(f"{path}: {name} takes what no component above it makes", unknown=some(unknown))
-        needs[name] = tuple(taken)
-    return System(components, needs, functions["cases"], functions["score"])
+        needs[name], oracle_needs[name] = taken, of_oracle
+    return System(components, needs, oracle_needs, functions["cases"], functions["score"])
+
+
+def _taken(function: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(name for name in inspect.signature(function).parameters if name != "case")
 
 
 def run_case(system: System, case: Any) -> Iterator[dict[str, Any]]:
@@ -110,44 +117,48 @@ def run_case(system: System, case: Any) -> Iterator[dict[str, Any]]:
     """
     made: dict[tuple[str, int], Any] = {}
     for subset in range(2 ** len(system.names)):
-        scored = dict(_call(system, "score", system.score, case, subset, made))
+        scored = dict(_call(system, "score", system.score, system.needs["score"], case, subset, made))
         yield {"case": case.name, "patient": case.patient, "fixed": subset_name(subset, system.names)} | scored
 
 
 def _output(system: System, name: str, case: Any, subset: int, made: dict[tuple[str, int], Any]) -> Any:
     """Of a component, computed or remembered: it depends on the oracles among itself and what it needs alone."""
-    place = system.names.index(name)
-    perfect = bool(subset >> place & 1)
-    key = (name, 1 << place if perfect else subset & _upstream(system, name))
+    key = (name, subset & _upstream(system, name, subset))
     if key not in made:
-        function = system.components[name]
-        if perfect:
-            made[key] = _guarded(system, name, subset, case, lambda: function.oracle(case))  # type: ignore[attr-defined]
-        else:
-            made[key] = _call(system, name, function, case, subset, made)
+        function, needs = system.components[name], system.needs[name]
+        if _perfect(system, name, subset):
+            function, needs = function.oracle, system.oracle_needs[name]  # type: ignore[attr-defined]
+        made[key] = _call(system, name, function, needs, case, subset, made)
     return made[key]
 
 
-def _upstream(system: System, name: str) -> int:
-    """The components whose output that of ``name`` depends on, as a subset."""
-    found = 0
-    for each in system.needs[name]:
-        found |= 1 << system.names.index(each) | _upstream(system, each)
+def _perfect(system: System, name: str, subset: int) -> bool:
+    return bool(subset >> system.names.index(name) & 1)
+
+
+def _upstream(system: System, name: str, subset: int) -> int:
+    """The components on which the output of ``name`` depends in this subset, itself included, as a subset."""
+    needs = system.oracle_needs if _perfect(system, name, subset) else system.needs
+    found = 1 << system.names.index(name)
+    for each in needs[name]:
+        found |= _upstream(system, each, subset)
     return found
 
 
 def _call(
-    system: System, name: str, function: Callable[..., Any], case: Any, subset: int, made: dict[tuple[str, int], Any]
+    system: System,
+    name: str,
+    function: Callable[..., Any],
+    needs: tuple[str, ...],
+    case: Any,
+    subset: int,
+    made: dict[tuple[str, int], Any],
 ) -> Any:
-    taken = {each: _output(system, each, case, subset, made) for each in system.needs[name]}
+    taken = {each: _output(system, each, case, subset, made) for each in needs}
     if "case" in inspect.signature(function).parameters:
         taken["case"] = case
-    return _guarded(system, name, subset, case, lambda: function(**taken))
-
-
-def _guarded(system: System, name: str, subset: int, case: Any, work: Callable[[], Any]) -> Any:
     try:
-        return work()
+        return function(**taken)
     except Exception as error:
         raise MedfusionError(
             f"{case.name}: {name} failed",

@@ -67,6 +67,16 @@ def test_every_subset_is_run_and_nothing_twice(tmp_path: Path) -> None:
     assert {(row["case"], row["patient"]) for row in rows} == {("x", "p")}
 
 
+def test_an_oracle_may_need_what_was_made_before(tmp_path: Path) -> None:
+    text = SYSTEM.replace("oracle=lambda case: 1000", "oracle=lambda case, scale: calls.update(['best']) or -scale")
+    system = load_system(written(tmp_path, text))
+    rows = list(run_case(system, system.cases()[0]))
+    assert [row["value"] for row in rows[4:]] == [-3, -10, -3, -10]
+    assert rows[-1]["calls"]["best"] == 2
+    with pytest.raises(MedfusionError, match="scale takes what no component above it makes"):
+        load_system(written(tmp_path, SYSTEM.replace("oracle=lambda case: calls", "oracle=lambda case, total: calls")))
+
+
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
