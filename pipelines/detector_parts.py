@@ -44,7 +44,7 @@ Mask = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Case:
-    """One head: ``healthy`` as it was, ``ill`` with lesions, ``truth`` (i, j, k) where they are, ``inside`` the brain."""
+    """One head, whose lesions are fixed by its number."""
 
     name: str
     number: int
@@ -161,11 +161,11 @@ def score_map(noise: Volume, normal: Normal, rebuilt: NDArray[np.float32]) -> tu
     seen = seen_with(noise, normal)
     atlas = reference().mean_scan
     inside = healthy_at(seen.volume, normal.matrix, healthy_heads()).inside
-    maps = (
+    mean, sd = (
         np.stack([on_scan(each, atlas, normal.matrix, seen.volume) for each in both])
         for both in (reference().mean, reference().sd)
     )
-    z = standardise(raw_maps(seen.volume.array, rebuilt), rebuilt, *maps, reference().tissue)
+    z = standardise(raw_maps(seen.volume.array, rebuilt), rebuilt, mean, sd, reference().tissue)
     return combine(z, METHODS[METHOD].score), inside
 
 

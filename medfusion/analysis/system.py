@@ -66,7 +66,7 @@ class System:
 
 
 def load_system(path: Path) -> System:
-    """A system from its file, which is executed.
+    """A system from its file, which is executed as Python executes a script: it may import what lies beside it.
 
     Raises
     ------
@@ -77,6 +77,7 @@ def load_system(path: Path) -> System:
     if spec is None or spec.loader is None or not path.is_file():
         raise MedfusionError(f"{path}: no Python file")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look for their module there
+    sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
     except Exception as error:

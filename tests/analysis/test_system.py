@@ -1,5 +1,6 @@
 """Systems in a file: every subset is run, nothing twice, and what is wrong with a file is said."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,13 @@ def test_every_subset_is_run_and_nothing_twice(tmp_path: Path) -> None:
     }
     assert rows[-1]["calls"] == {"scale": 1, "offset": 1, "total": 4, "oracle of scale": 1}
     assert {(row["case"], row["patient"]) for row in rows} == {("x", "p")}
+
+
+def test_a_file_may_import_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "beside_the_system.py").write_text("SIGNAL = 5\n")
+    text = SYSTEM.replace("@dataclass", "from beside_the_system import SIGNAL\n@dataclass").replace("=3)", "=SIGNAL)")
+    assert load_system(written(tmp_path, text)).cases()[0].signal == 5
 
 
 def test_an_oracle_may_need_what_was_made_before(tmp_path: Path) -> None:
