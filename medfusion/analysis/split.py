@@ -52,12 +52,12 @@ def split_cases(
     strata : columns in which both parts should be alike; a number is cut into three classes of equal size.
     identities : columns that are the same where two cases show the same scan, SOPInstanceUID or a hash of its voxels;
         an empty cell says nothing.
-    taken : cases or patients of existing sets, by the name of the set. All cases of these patients are left out.
+    taken : cases or patients of existing sets, by the name of the set. All cases of these patients are left out; names
+        that are not in the table are passed over.
 
     Raises
     ------
-    MedfusionError : a column is missing, a name in ``taken`` is unknown, a person is in two of the sets, or too few
-        cases are there.
+    MedfusionError : a column is missing, a person is in two of the sets in ``taken``, or too few cases are there.
     """
     check_columns(cases, [*strata, *identities])
     names = cases.index.to_numpy(np.str_)
@@ -86,9 +86,6 @@ def split_cases(
 def _away(cases: pd.DataFrame, person: NDArray[np.int64], taken: Mapping[str, set[str]]) -> NDArray[np.bool_]:
     """(n,) the cases of all persons who are in one of the sets."""
     names, patients = cases.index.to_numpy(np.str_), cases["patient"].to_numpy(np.str_)
-    unknown = set().union(*taken.values()) - set(names) - set(patients)
-    if unknown:
-        raise MedfusionError("names of other sets that are not in the table", unknown=some(sorted(unknown)))
     times = np.zeros(person.max() + 1, int)
     for listed in taken.values():
         listed_here = np.isin(names, list(listed)) | np.isin(patients, list(listed))

@@ -16,22 +16,34 @@ from medfusion.errors import MedfusionError, some
 from medfusion.metrics.intervals import bootstrap
 
 WRONG_LABEL = "label is wrong"  # always among the tags: the case is no error of the system
+VERDICTS = {"true": "", "false": "false finding", "missed": "missed lesion"}  # of the review page, as tags
 
 
 def read_tags(path: Path) -> pd.DataFrame:
-    """The columns case, reviewer, tag and comment of a CSV file; the last two of the four may be "".
+    """The columns case, reviewer, tag and comment of a CSV file, or of all in a folder.
+
+    Tables of the review page of `medfusion detect` are read too: a verdict "false" is the tag "false finding", "missed"
+    is "missed lesion", "unsure" is "unsure"; a case whose findings are all true has no tag.
 
     Raises
     ------
-    MedfusionError : it cannot be read, lacks the column case or tag, or a row names no case.
+    MedfusionError : nothing can be read, the column case or tag is missing, or a row names no case.
     """
+    files = sorted(path.glob("*.csv")) if path.is_dir() else [path]
+    if not files:
+        raise MedfusionError(f"{path}: no CSV file in this folder")
+    return pd.concat([_read_file(file) for file in files], ignore_index=True)
+
+
+def _read_file(path: Path) -> pd.DataFrame:
     table = read_table(path)
+    if "tag" not in table and "verdict" in table:
+        table = table[table["verdict"] != ""].assign(tag=lambda rows: rows["verdict"].replace(VERDICTS))
     try:
         check_columns(table, {"case", "tag"})
     except MedfusionError as error:
-        raise MedfusionError(
-            f"{path}: {error.what}", fix="the first line is: case,reviewer,tag,comment", **error.facts
-        ) from error
+        first = "the first line is: case,reviewer,tag,comment"
+        raise MedfusionError(f"{path}: {error.what}", fix=first, **error.facts) from error
     for column in ("reviewer", "comment"):
         table[column] = table.get(column, "")
     table = table[["case", "reviewer", "tag", "comment"]].apply(lambda column: column.str.strip())

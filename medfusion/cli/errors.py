@@ -127,12 +127,14 @@ def split_command(
     columns = list(identity or [])
     if images is not None:
         table, columns = _with_identities(table, images), [*columns, *IDENTITIES]
+    lists = {str(path): _lines(path) for path in taken or ()}
+    known = {*table.index, *table["patient"]}
     found = split_cases(
         table,
         eyeball,
         strata=stratify or (),
         identities=columns,
-        taken={str(path): _lines(path) for path in taken or ()},
+        taken=lists,
         seed=seed,
     )
     split = table.loc[found.part.index, ["patient"]].assign(part=found.part, stratum=found.stratum)
@@ -149,6 +151,8 @@ def split_command(
     _write_split(output, split, "split", settings)
     for part, of in split.groupby("part", sort=False):
         typer.echo(f"{part:<9} {len(of)} cases of {of['patient'].nunique()} patients")
+    for path, names in lists.items():
+        typer.echo(f"{path}: {len(known.intersection(names))} of {len(names)} names are in the table")
     if found.duplicates:
         typer.echo(f"The same scan, kept in one part: {some(' = '.join(names) for names in found.duplicates)}")
     if found.left_out:
@@ -277,7 +281,9 @@ def tag_command(
 @app.command("table")
 def table_command(
     cases: Cases,
-    tags: Annotated[Path, typer.Argument(metavar="TAGS", help="A CSV file: case, reviewer, tag, comment.")],
+    tags: Annotated[
+        Path, typer.Argument(metavar="TAGS", help="A CSV file, or a folder of them: case, reviewer, tag, comment.")
+    ],
     define: Define,
     cost: Annotated[
         list[str] | None, typer.Option(metavar="TAG=COST", help="Of mending it, in any unit; may be repeated.")

@@ -32,6 +32,24 @@ def test_half_of_the_reviewers_make_a_tag(tmp_path: Path) -> None:
     assert found.loc["b"].tolist() == [False, True]
 
 
+def test_tables_of_the_review_page_are_tags_too(tmp_path: Path) -> None:
+    head = "case,finding,verdict,comment,reviewer"
+    for case, rows in {
+        "a": ["1,true,,ann", "2,false,vessel,ann", "3,,,ann"],
+        "b": ["1,true,,ann", "M1,missed,,ann"],
+    }.items():
+        (tmp_path / f"{case}_review.csv").write_text("\n".join([head, *(f"{case},{row}" for row in rows)]) + "\n")
+    (tmp_path / "c_review.csv").write_text(f"{head}\nc,1,true,,ann\n")
+    found = tag_matrix(read_tags(tmp_path))
+    assert found.astype(int).to_dict("index") == {
+        "a": {"false finding": 1, "missed lesion": 0},
+        "b": {"false finding": 0, "missed lesion": 1},
+        "c": {"false finding": 0, "missed lesion": 0},
+    }
+    with pytest.raises(MedfusionError, match="no CSV file"):
+        read_tags(tmp_path.joinpath("empty").mkdir() or tmp_path / "empty")
+
+
 def test_nobody_tagged_anything(tmp_path: Path) -> None:
     found = tag_matrix(read(tmp_path, "case,tag", "a,", "b,"))
     assert list(found.index) == ["a", "b"]

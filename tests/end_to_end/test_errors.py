@@ -187,10 +187,11 @@ def test_tables_that_cannot_be_read(folder: Path) -> None:
 
 def test_a_split_is_asked_and_refilled(folder: Path) -> None:
     define, split = ["--define", folder / "error.yaml"], folder / "split"
-    (folder / "train.txt").write_text("p3\nk010\n")
+    (folder / "train.txt").write_text("p3\nk010\np900\n")
     arguments = ["split", folder / "cases.csv", split, *define, "--eyeball", 60, "--stratify", "site"]
     text = errors(*arguments, "--taken", folder / "train.txt")
     assert "eyeball   60 cases of 30 patients" in text
+    assert "train.txt: 2 of 3 names are in the table" in text
     assert "Left out, as their patients are in other sets: k006, k007, k010, k011" in text
     assert_refused(medfusion("errors", *arguments), "is there already")
 
