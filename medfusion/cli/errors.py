@@ -243,8 +243,10 @@ def ask_command(
 def tag_command(
     cases: Cases,
     define: Define,
-    images: Annotated[Path, typer.Option(help="Folder of the scans, named as the cases.")],
     store: Annotated[Path, typer.Option(help="SQLite file in which the tags are kept; made if it is not there.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Folder of the scans, named as the cases; none: look at them elsewhere.")
+    ] = None,
     predictions: Annotated[Path | None, typer.Option(help="Folder of label maps that the system made.")] = None,
     truths: Annotated[Path | None, typer.Option(help="Folder of true label maps.")] = None,
     split: Split = None,
@@ -261,6 +263,8 @@ def tag_command(
 
     definition, judged = _judged(cases, define)
     judged = _eyeball(judged, split)
+    if images is None and (predictions or truths):
+        raise typer.BadParameter("--predictions and --truths lie over --images")
     if not judged["error"].any():
         raise MedfusionError("there is no error to look at", cases=len(judged))
     raise typer.Exit(

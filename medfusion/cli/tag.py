@@ -29,7 +29,7 @@ def cases_to_look_at(judged: pd.DataFrame, correct: int, seed: int) -> list[str]
 
 def tag_cases(
     cases: list[str],
-    images: Path,
+    images: Path | None,
     *,
     predictions: Path | None,
     truths: Path | None,

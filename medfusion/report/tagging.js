@@ -149,8 +149,9 @@
     notice.hidden = false;
     notice.textContent = "Loading the scan.";
     try {
-      viewer ??= await openNiivue(element("canvas"));
       const names = await (await fetch(`image/${number}/names`)).json();
+      if (!names.length) throw new Error("none was given with this study; look at the case where it is at home");
+      viewer ??= await openNiivue(element("canvas"));
       const volumes = [];
       for (const name of names) {
         const answer = await fetch(`image/${number}/${name}.nii.gz`);

@@ -59,7 +59,7 @@ class Store(Protocol):
 @dataclass(frozen=True)
 class Study:
     """``cases`` in the order in which they are shown; ``images`` returns the pictures of one: gzipped NIfTI files by
-    name, "scan" first, then "prediction" and "truth" where there are any.
+    name, "scan" first, then "prediction" and "truth", as far as there are any.
     """
 
     title: str
