@@ -107,6 +107,23 @@ def _taken(function: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(name for name in inspect.signature(function).parameters if name != "case")
 
 
+def list_cases(system: System) -> list[Any]:
+    """What ``cases`` returns.
+
+    Raises
+    ------
+    MedfusionError : it raised an exception, or returns none, or one without a name and a patient, or two of one name.
+    """
+    try:
+        found = list(system.cases())
+        names = [str(case.name) for case in found if case.patient]
+    except Exception as error:
+        raise MedfusionError("cases() failed", reason=f"{type(error).__name__}: {error}") from error
+    if not found or len(set(names)) < len(found):
+        raise MedfusionError("cases() has to return cases, each with a patient and a name of its own", cases=len(found))
+    return found
+
+
 def run_case(system: System, case: Any) -> Iterator[dict[str, Any]]:
     """Rows (case, patient, fixed, and what ``score`` returns) of one case, with every subset replaced.
 

@@ -428,7 +428,7 @@ def run_command(
     from rich.console import Console
     from rich.progress import track
 
-    from medfusion.analysis.system import load_system, run_case
+    from medfusion.analysis.system import list_cases, load_system, run_case
     from medfusion.analysis.tables import read_table
 
     if output.exists() and not resume:
@@ -436,7 +436,7 @@ def run_command(
     loaded = load_system(system)
     table = read_table(output) if output.exists() else None
     done, columns = (set(), None) if table is None else (set(table["case"]), list(table.columns))
-    cases = [case for case in loaded.cases() if case.name not in done]
+    cases = [case for case in list_cases(loaded) if case.name not in done]
     progress = Console(stderr=True)
     for case in track(cases, "Running", console=progress, transient=True, disable=not progress.is_terminal):
         rows = list(run_case(loaded, case))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from medfusion.analysis.system import load_system, run_case
+from medfusion.analysis.system import list_cases, load_system, run_case
 from medfusion.errors import MedfusionError
 
 SYSTEM = """
@@ -107,3 +107,19 @@ def test_a_failure_is_named(tmp_path: Path) -> None:
     with pytest.raises(MedfusionError, match="x: total failed") as error:
         list(run_case(system, system.cases()[0]))
     assert error.value.facts == {"reason": "ZeroDivisionError: division by zero", "perfect": "offset"}
+
+
+@pytest.mark.parametrize(
+    ("cases", "problem"),
+    [
+        ("[]", "cases, each with a patient"),
+        ("[Case('x', 'p', 1), Case('x', 'q', 1)]", "a name of its own"),
+        ("[Case('x', '', 1)]", "each with a patient"),
+        ("[1]", r"cases\(\) failed"),
+        ("open('nowhere')", r"cases\(\) failed"),
+    ],
+)
+def test_cases_that_cannot_be_used(tmp_path: Path, cases: str, problem: str) -> None:
+    text = SYSTEM.replace('[Case(name="x", patient="p", signal=3)]', cases)
+    with pytest.raises(MedfusionError, match=problem):
+        list_cases(load_system(written(tmp_path, text)))
