@@ -1,7 +1,6 @@
 """`medfusion errors`, as a team runs it: on CSV files of another system."""
 
 import json
-import signal
 import subprocess
 import sys
 import urllib.request
@@ -258,10 +257,10 @@ def test_the_eyeball_cases_are_served_and_the_blackbox_stays_sealed(tmp_path: Pa
         assert server.stderr.readline() == "4 blackbox cases stay sealed\n"
         server.stdout.readline()
         address = server.stdout.readline().strip()
-        study = json.loads(urllib.request.urlopen(f"{address}study/bob").read())
-        names = json.loads(urllib.request.urlopen(f"{address}image/0/names").read())
-        server.send_signal(signal.SIGINT)
-        assert server.wait(30) == 0
+        study = json.loads(urllib.request.urlopen(f"{address}study/bob", timeout=60).read())
+        names = json.loads(urllib.request.urlopen(f"{address}image/0/names", timeout=60).read())
+        server.terminate()
+        assert server.wait(60) == 0
     assert set(study["cases"]) <= eyeball
     wrong = {f"s{number}" for number in range(0, 12, 2)} & eyeball
     assert wrong < set(study["cases"])
