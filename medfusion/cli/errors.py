@@ -41,8 +41,10 @@ def sizes_command(
         float | None, typer.Option(help="Share of cases on which two versions differ; default: as if independent.")
     ] = None,
     certainty: Annotated[float, typer.Option(help="With which the errors are seen.")] = 0.9,
-    scans: Annotated[float, typer.Option(help="Of each patient.")] = 1.0,
-    icc: Annotated[float, typer.Option(help="How alike the errors of a patient are, 0 to 1.")] = 0.0,
+    scans: Annotated[float | None, typer.Option(help="Of each patient; default: 1, or measured on --cases.")] = None,
+    icc: Annotated[
+        float | None, typer.Option(help="How alike the errors of a patient are, 0 to 1; default: 0, or measured.")
+    ] = None,
     available: Annotated[int | None, typer.Option(help="Cases that there are for both sets.")] = None,
     cases: Annotated[
         Path | None, typer.Option(metavar="CSV", help="Measure error rate, scans and their likeness on these cases.")
@@ -60,8 +62,12 @@ def sizes_command(
     stated: dict[str, Any] = {}
     if cases is not None and define is not None:
         definition, judged = _judged(cases, define)
-        error_rate, scans, icc = _measured(judged)
+        error_rate, measured_scans, measured_icc = _measured(judged)
         stated = {"definition": definition.hash}
+    else:
+        measured_scans, measured_icc = 1.0, 0.0
+    scans = measured_scans if scans is None else scans
+    icc = measured_icc if icc is None else icc
     assert error_rate is not None
     plan = plan_sizes(
         error_rate,
