@@ -1,4 +1,4 @@
-"""The benchmarks of training run at toy size and report what they measured."""
+"""The benchmarks run at toy size and report what they measured."""
 
 import json
 import os
@@ -137,3 +137,10 @@ def test_ways_to_show_a_label_map(tmp_path: Path, hippocampi: Path) -> None:
     printed = run("conditioning.py", "--start", prior, *sizes, data=hippocampi)
     assert "channels" in printed
     assert "spade" in printed
+
+
+def test_commands_of_the_error_analysis(tmp_path: Path) -> None:
+    shown = run("error_tables.py", "--cases", "120", data=tmp_path)
+    assert all(
+        f" {name} " in shown for name in ("sizes", "split", "ask", "overfit", "table", "parts", "slices", "report")
+    )

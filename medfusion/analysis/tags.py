@@ -59,8 +59,11 @@ def tag_matrix(tags: pd.DataFrame) -> pd.DataFrame:
     """
     looked = tags.groupby("case")["reviewer"].nunique()
     given = tags[tags["tag"] != ""].drop_duplicates(["case", "reviewer", "tag"])
-    votes = pd.crosstab(given["case"], given["tag"]).reindex(looked.index, fill_value=0)
-    return votes.ge(looked / 2, axis=0) & (votes > 0)
+    names, tag = np.unique(given["tag"].to_numpy(np.str_), return_inverse=True)
+    votes = np.zeros((len(looked), len(names)))
+    np.add.at(votes, (looked.index.get_indexer(pd.Index(given["case"])), tag), 1)
+    counts = (votes > 0) & (votes >= looked.to_numpy()[:, None] / 2)
+    return pd.DataFrame(counts, looked.index, pd.Index(names, name="tag"))
 
 
 def cohen_kappa(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> float:
