@@ -1,9 +1,9 @@
 """The sealed set: a split that notices when it was changed, and a log of every time that the blackbox was asked.
 
-A folder holds `split.csv` (case, patient, part, stratum) and `log.jsonl`: how the split was made, each question to the
-blackbox set, each refill of the eyeball set. Every line of the log ends with a hash of itself and of the line before,
-so that none can be changed or taken out of the middle unnoticed; every answer tells its number, so that none can be cut
-off at the end.
+A folder holds `split.csv` (case, patient, person, part, stratum) and `log.jsonl`: how the split was made, each question
+to the blackbox set, each refill of the eyeball set. Every line of the log ends with a hash of itself and of the line
+before, so that none can be changed or taken out of the middle unnoticed. Lines cut off at the end show only by the
+number that every answer tells.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from medfusion.errors import MedfusionError, some
 from medfusion.metrics.intervals import bootstrap
 
 SPLIT, LOG = "split.csv", "log.jsonl"
+COLUMNS = ["patient", "person", "part", "stratum"]
 
 
 def render_split(split: pd.DataFrame) -> tuple[str, str]:
     """``split.csv`` of a table as ``read_split`` returns it, and its digest, for the log."""
-    text = split[["patient", "part", "stratum"]].to_csv(lineterminator="\n")
+    text = split[COLUMNS].to_csv(lineterminator="\n")
     return text, digest(text)
 
 
@@ -39,7 +40,7 @@ def digest(text: str) -> str:
 
 
 def read_split(folder: Path) -> pd.DataFrame:
-    """patient, part and stratum of each case.
+    """patient, person, part and stratum of each case; two patients who share a scan are one person.
 
     Raises
     ------
@@ -56,8 +57,14 @@ def read_split(folder: Path) -> pd.DataFrame:
             fix="restore it, or split new cases into another folder",
         )
     split = read_cases(folder / SPLIT)
-    check_columns(split, {"part", "stratum"})
+    check_columns(split, COLUMNS)
     return split
+
+
+def sealed_cases(folder: Path) -> pd.Index:
+    """The cases that nobody looks at; raises as ``read_split``."""
+    split = read_split(folder)
+    return split.index[split["part"] == PARTS[1]]
 
 
 def refuse_blackbox(split: pd.DataFrame, cases: Iterable[str]) -> None:
@@ -149,18 +156,18 @@ def ask(folder: Path, judged: pd.DataFrame, model: str, definition: str) -> dict
 
 
 def refilled(split: pd.DataFrame, persons: int, seed: int = 0) -> pd.DataFrame:
-    """The split with that many patients moved from the blackbox to the eyeball set, drawn at random.
+    """The split with that many persons moved from the blackbox to the eyeball set, drawn at random.
 
     Raises
     ------
-    MedfusionError : the blackbox set has no more patients than that.
+    MedfusionError : the blackbox set has no more persons than that.
     """
     sealed = split["part"] == PARTS[1]
-    patients = np.unique(split.loc[sealed, "patient"])
-    if not 1 <= persons < len(patients):
+    there = np.unique(split.loc[sealed, "person"])
+    if not 1 <= persons < len(there):
         raise MedfusionError(
-            f"{persons} patients cannot be moved: the blackbox set has {len(patients)}, and some must stay",
+            f"{persons} persons cannot be moved: the blackbox set has {len(there)}, and some must stay",
             fix="new patients, split into another folder, refill both sets",
         )
-    moved = np.random.default_rng(seed).choice(patients, persons, replace=False)
-    return split.assign(part=split["part"].where(~split["patient"].isin(moved), PARTS[0]))
+    moved = np.random.default_rng(seed).choice(there, persons, replace=False)
+    return split.assign(part=split["part"].where(~split["person"].isin(moved), PARTS[0]))

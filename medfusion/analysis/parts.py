@@ -8,7 +8,7 @@ set where component k is an oracle, so that 0 is the system as it is and 2^K - 1
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -38,13 +38,16 @@ class Parts:
     loss: NDArray[np.float64]
 
 
-def parts_from_table(table: pd.DataFrame, definition: Definition, components: Sequence[str] = ()) -> Parts:
+def parts_from_table(
+    table: pd.DataFrame, definition: Definition, components: Sequence[str] = (), without: Iterable[str] = ()
+) -> Parts:
     """What is known of each case and subset, from rows of text: the columns of the definition, and ``fixed``.
 
     Parameters
     ----------
     table : ``fixed`` names the components that are oracles, as in "segment+classify", "" for none.
     components : in the order in which they work; (): in that in which the table first names each alone.
+    without : cases that are left out, as they are sealed.
 
     Raises
     ------
@@ -52,6 +55,7 @@ def parts_from_table(table: pd.DataFrame, definition: Definition, components: Se
     """
     case, patient = definition.columns.case, definition.columns.patient
     check_columns(table, {case, patient, "fixed", *definition.error.columns})
+    table = table[~table[case].str.strip().isin(list(without))]
     fixed = table["fixed"].str.strip()
     alone = [name for name in dict.fromkeys(fixed) if name and SEPARATOR not in name]
     names = tuple(components or alone)

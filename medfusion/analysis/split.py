@@ -23,13 +23,12 @@ BINS = 3  # into which a number is cut that is a stratum
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """``part`` is "eyeball" or "blackbox" for each case that was split; ``stratum`` is what it was stratified by.
+    """``table`` has patient, person (a number), part ("eyeball" or "blackbox") and stratum of each case that was split.
 
     ``duplicates`` are sets of cases that show the same scan; ``left_out`` the cases whose patient is in another list.
     """
 
-    part: pd.Series
-    stratum: pd.Series
+    table: pd.DataFrame
     duplicates: tuple[tuple[str, ...], ...]
     left_out: tuple[str, ...]
 
@@ -74,10 +73,10 @@ def split_cases(
     chosen = _drawn(person[~away], stratum[~away], eyeball, np.random.default_rng(seed))
     if chosen.all():
         raise MedfusionError(f"the patients of {eyeball} eyeball cases are all that there are", fix="ask for fewer")
-    left = cases.index[~away]
+    table = cases.loc[~away, ["patient"]]
+    table = table.assign(person=person[~away], part=np.where(chosen, *PARTS), stratum=stratum[~away])
     return Split(
-        part=pd.Series(np.where(chosen, *PARTS), left, name="part"),
-        stratum=pd.Series(stratum[~away], left, name="stratum"),
+        table=table,
         duplicates=twins,
         left_out=tuple(names[away]),
     )

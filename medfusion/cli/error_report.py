@@ -36,19 +36,18 @@ def write_error_report(
     Parameters
     ----------
     judged : the cases that may be looked at.
-    parts : its cases too are left out where they are not in ``judged``.
+    parts : its cases that are sealed by ``split`` are left out.
 
     Raises
     ------
     MedfusionError : a file is there already, or a table cannot be used.
     """
-    from medfusion.analysis.blackbox import read_log, read_split, refuse_blackbox
+    from medfusion.analysis.blackbox import read_log, read_split, refuse_blackbox, sealed_cases
     from medfusion.analysis.error_table import error_table
     from medfusion.analysis.parts import attribute, parts_from_table
     from medfusion.analysis.slices import find_slices
     from medfusion.analysis.tables import read_table
     from medfusion.analysis.tags import agreement, read_tags, tag_matrix
-    from medfusion.io.output import staged
     from medfusion.report.errors import error_sections
     from medfusion.report.page import write_report
 
@@ -58,13 +57,9 @@ def write_error_report(
     if given is not None and split is not None:
         refuse_blackbox(read_split(split), given["case"])
     table = error_table(judged, tag_matrix(given), costs) if given is not None else None
-    agree = agreement(given) if given is not None and given["reviewer"].nunique() == 2 else None
-    blamed = None
-    if parts is not None:
-        rows = read_table(parts)
-        if split is not None:
-            rows = rows[rows[definition.columns.case].isin(judged.index)]
-        blamed = attribute(parts_from_table(rows, definition))
+    agree = agreement(given, judged["patient"]) if given is not None and given["reviewer"].nunique() == 2 else None
+    sealed = sealed_cases(split) if split else ()
+    blamed = attribute(parts_from_table(read_table(parts), definition, without=sealed)) if parts else None
     why = ""
     try:
         slices = find_slices(judged.drop(columns=list(definition.error.columns)))
@@ -88,11 +83,18 @@ def write_error_report(
         "parts": blamed.table if blamed else None,
         "slices": slices.table.set_index("slice") if slices else None,
     }
-    for name, one in tables.items():
-        if one is not None:
-            with staged(output / f"{name}.csv", overwrite) as unfinished:
-                one.assign(definition=definition.hash).to_csv(unfinished)
+    _write_tables(output, tables, definition.hash, overwrite)
     write_report(output / "report.html", "Error analysis", sections, subtitle=f"{definition.name} {definition.hash}")
+
+
+def _write_tables(output: Path, tables: Mapping[str, pd.DataFrame | None], definition: str, overwrite: bool) -> None:
+    """A CSV file of each, with the hash of the definition in every row."""
+    from medfusion.io.output import staged
+
+    for name, table in tables.items():
+        if table is not None:
+            with staged(output / f"{name}.csv", overwrite) as unfinished:
+                table.assign(definition=definition).to_csv(unfinished)
 
 
 def _pictures(judged: pd.DataFrame, images: Path, truths: Path | None) -> list[Figure]:

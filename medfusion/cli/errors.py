@@ -143,7 +143,6 @@ def split_command(
         taken=lists,
         seed=seed,
     )
-    split = table.loc[found.part.index, ["patient"]].assign(part=found.part, stratum=found.stratum)
     settings = {
         "definition": definition.hash,
         "cases": str(cases),
@@ -154,9 +153,7 @@ def split_command(
         "duplicates": found.duplicates,
         "left_out": found.left_out,
     }
-    _write_split(output, split, "split", settings)
-    for part, of in split.groupby("part", sort=False):
-        typer.echo(f"{part:<9} {len(of)} cases of {of['patient'].nunique()} patients")
+    _write_split(output, found.table, "split", settings)
     for path, names in lists.items():
         typer.echo(f"{path}: {len(known.intersection(names))} of {len(names)} names are in the table")
     if found.duplicates:
@@ -177,8 +174,6 @@ def refill_command(
     before = read_split(split)
     after = refilled(before, patients, seed)
     _write_split(split, after, "refill", {"patients": patients, "seed": seed})
-    for part, of in after.groupby("part", sort=False):
-        typer.echo(f"{part:<9} {len(of)} cases of {of['patient'].nunique()} patients")
 
 
 def _with_identities(table: pd.DataFrame, images: Path) -> pd.DataFrame:
@@ -209,7 +204,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _write_split(folder: Path, split: pd.DataFrame, kind: str, entry: Mapping[str, Any]) -> None:
-    """The log first: a table that is not the last one in it is refused."""
+    """Write and show a split. The log first: a table that is not the last one in it is refused."""
     from medfusion.analysis.blackbox import SPLIT, append_to_log, render_split
     from medfusion.io.output import staged
 
@@ -218,6 +213,8 @@ def _write_split(folder: Path, split: pd.DataFrame, kind: str, entry: Mapping[st
     append_to_log(folder, kind, **entry, sha256=digest)
     with staged(folder / SPLIT, overwrite=True) as unfinished:
         unfinished.write_text(text)
+    for part, of in split.groupby("part", sort=False):
+        typer.echo(f"{part:<9} {len(of)} cases of {of['patient'].nunique()} patients")
 
 
 @app.command("ask")
@@ -402,15 +399,15 @@ def parts_command(
     as_json: AsJson = False,
 ) -> None:
     """Which component is to blame: the system judged with every subset of its components made perfect."""
+    from medfusion.analysis.blackbox import sealed_cases
     from medfusion.analysis.definition import read_definition
     from medfusion.analysis.parts import attribute, parts_from_table
     from medfusion.analysis.tables import read_table
 
     definition = read_definition(define)
-    rows = read_table(table)
-    if split is not None:
-        rows = rows[~rows[definition.columns.case].isin(_sealed(split))]
-    found = attribute(parts_from_table(rows, definition, component or ()), "loss" if loss else "error", level)
+    sealed = sealed_cases(split) if split else ()
+    parts = parts_from_table(read_table(table), definition, component or (), sealed)
+    found = attribute(parts, "loss" if loss else "error", level)
     if as_json:
         _print_json({"definition": definition.hash, **asdict(found), "table": _records(found.table)})
         return
@@ -435,13 +432,11 @@ def run_command(
     from rich.progress import track
 
     from medfusion.analysis.system import list_cases, load_system, run_case
-    from medfusion.analysis.tables import read_table
 
     if output.exists() and not resume:
         raise MedfusionError(f"{output}: is there already", fix="--resume does the cases that it lacks")
     loaded = load_system(system)
-    table = read_table(output) if output.exists() else None
-    done, columns = (set(), None) if table is None else (set(table["case"]), list(table.columns))
+    done, columns = _whole_cases(output, 2 ** len(loaded.names)) if output.exists() else (set(), None)
     cases = [case for case in list_cases(loaded) if case.name not in done]
     progress = Console(stderr=True)
     for case in track(cases, "Running", console=progress, transient=True, disable=not progress.is_terminal):
@@ -451,12 +446,27 @@ def run_command(
                 f"{output}: other columns than `score` returns", columns=some(columns), now=some(rows[0])
             )
         with output.open("a", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
+            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
             if columns is None:
                 writer.writeheader()
             writer.writerows(rows)
         columns = list(rows[0])
     typer.echo(f"{output}: {len(cases)} cases with {2 ** len(loaded.names)} subsets of {', '.join(loaded.names)}")
+
+
+def _whole_cases(output: Path, subsets: int) -> tuple[set[str], list[str]]:
+    """The cases of a table that have all subsets, and its columns; what a killed run left of another is dropped."""
+    from medfusion.analysis.tables import check_columns, read_table
+    from medfusion.io.output import staged
+
+    table = read_table(output)
+    check_columns(table, {"case", "fixed"})
+    whole = table.groupby("case")["fixed"].transform("nunique") == subsets
+    if len(table) and not output.read_bytes().endswith(b"\n"):
+        whole &= table["case"] != table["case"].iloc[-1]  # its last line may lack a digit
+    with staged(output, overwrite=True) as unfinished:
+        table[whole].to_csv(unfinished, index=False)
+    return set(table.loc[whole, "case"]), list(table.columns)
 
 
 @app.command("slices")
@@ -520,14 +530,6 @@ def report_command(
     typer.echo(f"Report: {output / 'report.html'}")
 
 
-def _sealed(split: Path) -> pd.Index:
-    """The cases that nobody looks at."""
-    from medfusion.analysis.blackbox import read_split
-
-    parts = read_split(split)
-    return parts.index[parts["part"] == "blackbox"]
-
-
 def _eyeball(judged: pd.DataFrame, split: Path | None, looked_at: Iterable[str] = ()) -> pd.DataFrame:
     """The cases that may be looked at; all where there is no split.
 
@@ -537,10 +539,10 @@ def _eyeball(judged: pd.DataFrame, split: Path | None, looked_at: Iterable[str] 
     """
     if split is None:
         return judged
-    from medfusion.analysis.blackbox import read_split, refuse_blackbox
+    from medfusion.analysis.blackbox import read_split, refuse_blackbox, sealed_cases
 
     refuse_blackbox(read_split(split), looked_at)
-    sealed = judged.index.isin(_sealed(split))
+    sealed = judged.index.isin(sealed_cases(split))
     if sealed.any():
         typer.echo(f"{sealed.sum()} blackbox cases stay sealed", err=True)
     return judged[~sealed]
@@ -604,7 +606,7 @@ def _kappa(row: pd.Series) -> str:
 
 
 def _print_table(title: str, name: str, columns: list[str], rows: Mapping[Any, tuple[str, ...]]) -> None:
-    """Narrow enough for 80 columns: shares are in % without saying so in each cell, intervals stand below."""
+    """As narrow as it can be: shares are in % without saying so in each cell, intervals stand below."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.markup import escape

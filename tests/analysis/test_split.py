@@ -36,7 +36,7 @@ def table(patients=300, seed=0) -> pd.DataFrame:
 def test_patients_are_whole_and_strata_even(seed: int) -> None:
     cases = table(seed=seed)
     found = split_cases(cases, len(cases) // 3, strata=["site"], seed=seed)
-    eye = found.part == "eyeball"
+    eye = found.table["part"] == "eyeball"
     assert len(cases) // 3 <= eye.sum() <= len(cases) // 3 + 12
     assert eye.groupby(cases["patient"]).nunique().max() == 1
     share = eye.groupby(cases["site"]).mean()
@@ -47,14 +47,17 @@ def test_patients_are_whole_and_strata_even(seed: int) -> None:
 def test_numbers_are_stratified_too() -> None:
     cases = table()
     found = split_cases(cases.assign(patient=cases.index), 200, strata=["site", "volume"])
-    assert found.stratum.nunique() == 9
-    eye = found.part == "eyeball"
+    assert found.table["stratum"].nunique() == 9
+    eye = found.table["part"] == "eyeball"
     assert eye.sum() == 200
-    assert (abs(eye.groupby(found.stratum).mean() - eye.mean()) < 2 / found.stratum.value_counts().sort_index()).all()
+    assert (
+        abs(eye.groupby(found.table["stratum"]).mean() - eye.mean())
+        < 2 / found.table["stratum"].value_counts().sort_index()
+    ).all()
 
 
 def test_another_seed_is_another_split() -> None:
-    one, same, other = (split_cases(table(), 100, seed=seed).part for seed in (0, 0, 1))
+    one, same, other = (split_cases(table(), 100, seed=seed).table["part"] for seed in (0, 0, 1))
     assert (one == same).all()
     assert 0.3 < (one == other).mean() < 0.95
 
@@ -69,7 +72,7 @@ def test_one_scan_under_two_names_is_one_person() -> None:
     assert person.nunique() == 18
     for seed in range(8):
         found = split_cases(cases, len(cases) // 2, identities=["uid", "hash"], seed=seed)
-        assert found.part[[first, second, third]].nunique() == 1
+        assert found.table["part"][[first, second, third]].nunique() == 1
         assert found.duplicates == tuple(sorted({tuple(sorted((first, second))), tuple(sorted((second, third)))}))
 
 
@@ -80,8 +83,8 @@ def test_patients_of_other_sets_are_left_out() -> None:
     scan = cases.index[cases["patient"] == "p2"][0]
     found = split_cases(cases, 20, identities=["uid"], taken={"train": ["p4", "p99"], "test": [scan]})
     assert set(cases.loc[list(found.left_out), "patient"]) == {"p2", "p4", "p9"}
-    assert not set(found.left_out) & set(found.part.index)
-    assert len(found.left_out) + len(found.part) == len(cases)
+    assert not set(found.left_out) & set(found.table.index)
+    assert len(found.left_out) + len(found.table) == len(cases)
 
 
 def test_a_person_in_two_other_sets_is_refused() -> None:
@@ -105,9 +108,8 @@ def test_splits_that_cannot_be_made() -> None:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    text = "case,patient,part,stratum\n" + "".join(
-        f"s{k},p{k // 2},{'eyeball' if k < 8 else 'blackbox'},\n" for k in range(40)
-    )
+    rows = [f"s{k},p{k // 2},{k // 4},{'eyeball' if k < 8 else 'blackbox'},\n" for k in range(40)]
+    text = "case,patient,person,part,stratum\n" + "".join(rows)
     (tmp_path / "split.csv").write_text(text)
     append_to_log(tmp_path, "split", sha256=digest(text))
     return tmp_path
@@ -167,7 +169,7 @@ def test_the_seal(folder: Path) -> None:
     with pytest.raises(MedfusionError, match="2 case") as error:
         refuse_blackbox(split, ["s7", "s8", "s39"])
     assert error.value.facts["cases"] == "s39, s8"
-    (folder / "split.csv").write_text((folder / "split.csv").read_text().replace("s8,p4,blackbox", "s8,p4,eyeball"))
+    (folder / "split.csv").write_text((folder / "split.csv").read_text().replace("s8,p4,2,blackbox", "s8,p4,2,eyeball"))
     with pytest.raises(MedfusionError, match="changed by hand"):
         read_split(folder)
     (folder / LOG).unlink()
@@ -177,13 +179,14 @@ def test_the_seal(folder: Path) -> None:
         read_split(folder / "none")
 
 
-def test_a_refill_moves_patients(folder: Path) -> None:
+def test_a_refill_moves_whole_persons(folder: Path) -> None:
+    """Two patients who share a scan are one person: one of them in the eyeball set would show the other's."""
     split = read_split(folder)
     more = refilled(split, 5)
     moved = split.index[split["part"] != more["part"]]
-    assert len(moved) == 10
+    assert len(moved) == 20
     assert (more.loc[moved, "part"] == "eyeball").all()
-    assert more.groupby("patient")["part"].nunique().max() == 1
-    for number in (0, 16):
+    assert more.groupby("person")["part"].nunique().max() == 1
+    for number in (0, 8):
         with pytest.raises(MedfusionError, match="cannot be moved"):
             refilled(split, number)

@@ -130,6 +130,10 @@ def test_a_system_is_run_resumed_and_attributed(folder: Path) -> None:
     system.write_text(SYSTEM.replace("LAST", "60"))
     assert "20 cases" in errors("run", system, table, "--resume")
     assert table.read_text().startswith(first)
+    whole = table.read_text()
+    table.write_text(whole[:-30])  # killed while it wrote the last case
+    assert "1 cases" in errors("run", system, table, "--resume")
+    assert table.read_text().split() == whole.split()
     found = json.loads(errors("parts", table, "--define", folder / "error.yaml", "--json"))
     assert [row["alone"] for row in found["table"]] == pytest.approx([16 / 60, 28 / 60])
     assert [row["last"] for row in found["table"]] == pytest.approx([0, 12 / 60])
