@@ -25,7 +25,7 @@ COMMANDS = (
     ("ask", "split", "cases.csv", *DEFINE, "--model", "m"),
     ("overfit", "split", "cases.csv", "cases.csv", *DEFINE, "--model", "m"),
     ("table", "cases.csv", "tags.csv", *DEFINE),
-    ("agree", "tags.csv"),
+    ("agree", "cases.csv", "tags.csv", *DEFINE),
     ("parts", "parts.csv", *DEFINE),
     ("slices", "cases.csv", *DEFINE),
     ("report", "cases.csv", "out", *DEFINE, "--tags", "tags.csv", "--parts", "parts.csv"),

@@ -125,6 +125,8 @@ def main() -> None:
         medfusion(folder, "run", str(SYSTEM), "parts.csv")
         medfusion(folder, "parts", "parts.csv", *DEFINE, "--split", "split")
         medfusion(folder, "slices", "cases.csv", *DEFINE, "--split", "split")
+        medfusion(folder, "measure", "cases.csv", "measured.csv", *DEFINE, "--images", "scans", "--truths", "truths")
+        medfusion(folder, "slices", "measured.csv", *DEFINE, "--split", "split")
         medfusion(folder, "ask", "split", "cases.csv", *DEFINE, "--model", "reader-1")
         tables = ["--tags", "tags.csv", "--parts", "parts.csv", "--split", "split"]
         medfusion(folder, "report", "cases.csv", "report", *DEFINE, *tables, "--images", "scans", "--truths", "truths")

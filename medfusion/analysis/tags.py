@@ -95,7 +95,7 @@ def agreement(tags: pd.DataFrame, patients: pd.Series | None = None) -> pd.DataF
 
     Raises
     ------
-    MedfusionError : there are not two reviewers, or they looked at no case both.
+    MedfusionError : there are not two reviewers, they looked at no case both, or at one that ``patients`` lacks.
     """
     names = sorted(tags["reviewer"].unique())
     if len(names) != 2:
@@ -104,7 +104,9 @@ def agreement(tags: pd.DataFrame, patients: pd.Series | None = None) -> pd.DataF
     shared = one.index.intersection(two.index)
     if shared.empty:
         raise MedfusionError("the two reviewers looked at no case both", reviewers=some(names))
-    who = shared.to_numpy() if patients is None else patients.reindex(shared).to_numpy()
+    if patients is not None and len(unknown := shared.difference(patients.index)):
+        raise MedfusionError("cases are tagged that are not in the table of cases", cases=some(unknown))
+    who = shared.to_numpy() if patients is None else patients.loc[shared].to_numpy()
     rows = {}
     for tag in one.columns.union(two.columns):
         first, second = (_column(each, tag, shared) for each in (one, two))

@@ -58,11 +58,14 @@ class Store(Protocol):
 
 @dataclass(frozen=True)
 class Study:
-    """``cases`` in the order in which they are shown; ``images`` returns the pictures of one: gzipped NIfTI files by
+    """Cases in the order in which they are shown, and where their tags go.
+
+    ``definition`` is the hash of what an error is; ``images`` returns the pictures of a case: gzipped NIfTI files by
     name, "scan" first, then "prediction" and "truth", as far as there are any.
     """
 
     title: str
+    definition: str
     cases: Sequence[str]
     images: Callable[[str], dict[str, bytes]]
     store: Store
@@ -178,7 +181,8 @@ class _Handler(BaseHTTPRequestHandler):
         return "application/gzip", images[name]
 
     def _csv(self, rest: list[str]) -> tuple[str, bytes]:
-        return "text/csv; charset=utf-8", self.server.study.store.export().to_csv(index=False).encode()
+        table = self.server.study.store.export().assign(definition=self.server.study.definition)
+        return "text/csv; charset=utf-8", table.to_csv(index=False).encode()
 
     def _see(self, rest: list[str]) -> tuple[str, bytes]:
         body = self._body()

@@ -69,9 +69,16 @@ def test_table_and_agreement(folder: Path) -> None:
     assert found["tags"][0]["cost"] is None
     text = errors(*arguments, "--cost", "small=2")
     assert "40 errors looked at: rough" in text
+    assert "gain/cost" in text  # the last column is not cut off
     assert_refused(medfusion("errors", *arguments, "--cost", "small"), "TAG=COST")
-    assert json.loads(errors("agree", folder / "tags.csv", "--json"))["tags"][0]["kappa"] == 1
-    assert "1.00" in errors("agree", folder / "tags.csv")
+    agree = ["agree", *arguments[1:]]
+    agreed = json.loads(errors(*agree, "--json"))
+    assert agreed["tags"][0]["kappa"] == 1
+    assert agreed["definition"] == found["definition"]
+    assert "1.00" in errors(*agree)
+    with (folder / "tags.csv").open("a") as file:
+        file.write("x1,ann,small\nx1,bob,small\n")
+    assert_refused(medfusion("errors", *agree), "not in the table of cases", "x1")
 
 
 def test_slices(folder: Path) -> None:
@@ -125,7 +132,10 @@ def test_a_system_is_run_resumed_and_attributed(folder: Path) -> None:
     system, table = folder / "system.py", folder / "parts.csv"
     system.write_text(SYSTEM.replace("LAST", "40"))
     assert "40 cases with 4 subsets of organ, mass" in errors("run", system, table)
+    found = json.loads(errors("run", system, folder / "again.csv", "--json"))
+    assert found == {"table": str(folder / "again.csv"), "components": ["organ", "mass"], "cases": 40, "kept": 0}
     first = table.read_text()
+    assert (folder / "again.csv").read_text() == first
     assert_refused(medfusion("errors", "run", system, table), "is there already")
     system.write_text(SYSTEM.replace("LAST", "60"))
     assert "20 cases" in errors("run", system, table, "--resume")
@@ -171,7 +181,9 @@ def test_report(folder: Path) -> None:
     assert len(definitions) == 1
     assert definitions.pop() in page
     assert "holds a report already" in medfusion("errors", *arguments).stderr
-    errors(*arguments, "--overwrite")
+    written = json.loads(errors(*arguments, "--overwrite", "--json"))
+    assert written["report"] == str(out / "report.html")
+    assert sorted(written["tables"]) == sorted(path.name for path in out.glob("*.csv"))
     with (folder / "tags.csv").open("a") as file:
         file.write(f"{min(sealed)},ann,peeked\n")
     done = medfusion("errors", "table", folder / "cases.csv", folder / "tags.csv", *define, "--split", folder / "split")
@@ -198,6 +210,14 @@ def test_a_split_is_asked_and_refilled(folder: Path) -> None:
     assert "Left out, as their patients are in other sets: k006, k007, k010, k011" in text
     assert_refused(medfusion("errors", *arguments), "is there already")
 
+    again = json.loads(
+        errors(*arguments[:2], folder / "again", *arguments[3:], "--taken", folder / "train.txt", "--json")
+    )
+    assert again["parts"]["eyeball"] == {"cases": 60, "patients": 30}
+    assert again["taken"] == {str(folder / "train.txt"): {"names": 3, "in_table": 2}}
+    assert again["left_out"] == ["k006", "k007", "k010", "k011"]
+    assert (folder / "again" / "split.csv").read_text() == (split / "split.csv").read_text()
+
     model = [split, folder / "cases.csv", *define, "--model"]
     assert "question 1 to" in errors("ask", *model, "first")
     assert json.loads(errors("ask", *model, "second", "--json"))["query"] == 2
@@ -214,6 +234,8 @@ def test_a_split_is_asked_and_refilled(folder: Path) -> None:
 
     assert "eyeball   80 cases of 40 patients" in errors("refill", split, "--patients", 10)
     assert json.loads(errors("ask", *model, "fifth", "--json"))["cases"] == 196 - 80
+    found = json.loads(errors("refill", split, "--patients", 1, "--json"))
+    assert found["parts"]["eyeball"] == {"cases": 82, "patients": 41}
     (split / "split.csv").write_text((split / "split.csv").read_text().replace("blackbox", "eyeball", 1))
     assert_refused(medfusion("errors", "ask", *model, "sixth"), "was changed by hand")
 
@@ -233,7 +255,7 @@ def test_a_scan_under_two_names_stays_in_one_part(tmp_path: Path) -> None:
     assert "The same scan, kept in one part: s0 = s11" in text
     (tmp_path / "cases.csv").write_text("case,patient\ns0,p\nt0,q\n")
     done = medfusion("errors", *arguments[:2], tmp_path / "other", *arguments[3:], "--eyeball", 1, "--images", scans)
-    assert_refused(done, "cases without a scan", "t0")
+    assert_refused(done, "cases without a file in", "t0")
 
 
 def test_the_eyeball_cases_are_served_and_the_blackbox_stays_sealed(tmp_path: Path) -> None:
@@ -254,17 +276,28 @@ def test_the_eyeball_cases_are_served_and_the_blackbox_stays_sealed(tmp_path: Pa
     eyeball = {row.split(",")[0] for row in rows if ",eyeball," in row}
     options = ["--images", tmp_path / "scans", "--truths", tmp_path / "truths", "--store", tmp_path / "tags.sqlite"]
     options += ["--split", tmp_path / "split", "--correct", 1, "--tag", "noisy", "--import", tmp_path / "tags.csv"]
-    command = [sys.executable, "-m", "medfusion", "errors", "tag", tmp_path / "cases.csv", *define, *options]
+    command = [sys.executable, "-m", "medfusion", "errors", "tag", tmp_path / "cases.csv", *define, *options, "--json"]
     with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         assert server.stderr is not None
         assert server.stderr.readline() == "4 blackbox cases stay sealed\n"
-        server.stdout.readline()
-        address = server.stdout.readline().strip()
+        about = json.loads(server.stdout.readline())
+        address = about["address"]
         study = json.loads(urllib.request.urlopen(f"{address}study/bob", timeout=60).read())
         names = json.loads(urllib.request.urlopen(f"{address}image/0/names", timeout=60).read())
+        saved = urllib.request.urlopen(f"{address}tags.csv", timeout=60).read().decode()
         server.terminate()
         assert server.wait(60) == 0
+    assert about == {
+        "address": address,
+        "cases": len(study["cases"]),
+        "store": str(tmp_path / "tags.sqlite"),
+        "definition": about["definition"],
+    }
+    assert saved.splitlines() == [
+        "case,reviewer,tag,comment,definition",
+        f"s0,bob,motion,blurred,{about['definition']}",
+    ]
     assert set(study["cases"]) <= eyeball
     wrong = {f"s{number}" for number in range(0, 12, 2)} & eyeball
     assert wrong < set(study["cases"])
@@ -275,3 +308,41 @@ def test_the_eyeball_cases_are_served_and_the_blackbox_stays_sealed(tmp_path: Pa
     (tmp_path / "truths" / "s0.nii.gz").unlink()
     done = medfusion("errors", "tag", tmp_path / "cases.csv", *define, *options[:6])
     assert_refused(done, "cases without a file in", "s0")
+
+
+def test_what_is_measured_on_the_scans_tells_where_the_errors_are(tmp_path: Path) -> None:
+    """Half of the scans are noisy, and the system errs on these: the slice is found, as nobody had to write it down."""
+    for kind in ("scans", "truths"):
+        (tmp_path / kind).mkdir()
+    rng = np.random.default_rng(0)
+    lines = ["case,patient,dice"]
+    for number in range(80):
+        head = np.zeros((12, 13, 14), np.float32)
+        head[2:-2, 2:-2, 2:-2] = 100
+        truth = np.zeros(head.shape, np.uint8)
+        truth[4 : 5 + number % 3, 4:6, 4:6] = 1
+        noisy = number % 2 == 0
+        head += rng.normal(0, 20 if noisy else 5, head.shape)
+        for kind, array in (("scans", head), ("truths", truth)):
+            nibabel.save(nibabel.Nifti1Image(array, np.diag([1, 1, 2.5, 1])), tmp_path / kind / f"s{number}.nii.gz")
+        lines.append(f"s{number},p{number},{0.5 if noisy and number % 6 else 0.9}")
+    (tmp_path / "error.yaml").write_text("name: x\ncase: y\nerror: {kind: value, column: dice, below: 0.7}\n")
+    (tmp_path / "cases.csv").write_text("\n".join(lines) + "\n")
+    define, measured = ["--define", tmp_path / "error.yaml"], tmp_path / "measured.csv"
+    arguments = ["measure", tmp_path / "cases.csv", measured, *define, "--images", tmp_path / "scans"]
+    assert "80 cases, with modality" in errors(*arguments, "--truths", tmp_path / "truths")
+    rows = [line.split(",") for line in measured.read_text().splitlines()]
+    assert [row[:3] for row in rows] == [line.split(",") for line in lines]
+    first = dict(zip(rows[0], rows[1], strict=True))
+    assert (first["pixel_mm"], first["slice_mm"], first["truth_ml"]) == ("1.0", "2.5", "0.01")
+    found = json.loads(errors("slices", measured, *define, "--json"))
+    assert {"noise", "truth_ml"} <= set(found["columns"])
+    assert found["table"][0]["slice"].startswith("noise > ")
+    assert found["table"][0]["confirmed"]
+
+    assert_refused(medfusion("errors", *arguments), "measured.csv: the output exists already")
+    assert json.loads(errors(*arguments, "--overwrite", "--json"))["columns"][-1] == "blur_mm"
+    done = medfusion("errors", "measure", measured, tmp_path / "twice.csv", *arguments[3:])
+    assert_refused(done, "has columns that would be measured", "noise")
+    (tmp_path / "scans" / "s7.nii.gz").unlink()
+    assert_refused(medfusion("errors", *arguments, "--overwrite"), "cases without a file in", "s7")

@@ -65,3 +65,22 @@ def test_several_statistics_of_the_same_draws() -> None:
     both = resampled(lambda sums: sums, cases, draws=40)
     assert both.shape == (40, 2)
     np.testing.assert_allclose(both[:, 0], resampled(lambda sums: sums[:, 0], cases[:, :1], draws=40))
+
+
+def test_the_bootstrap_covers_rates_of_patients_with_several_scans() -> None:
+    """A rate over 80 patients with 1 to 4 scans that err alike: 95 % intervals hold the true one so often.
+
+    In 92 to 98 % of 400 repetitions; scans that are taken for patients say too much.
+    """
+    rng, held = np.random.default_rng(0), []
+    for _ in range(400):
+        patients = np.repeat(np.arange(80), rng.integers(1, 5, 80))
+        errors = rng.random(len(patients)) < rng.beta(0.5, 1.5, 80)[patients]  # 25 %, intraclass correlation 1/3
+        cases = np.stack([errors, np.ones(len(errors))], axis=1)
+        intervals = [
+            bootstrap(lambda sums: sums[:, 0] / sums[:, 1], cases, groups, draws=400) for groups in (patients, None)
+        ]
+        held.append([low <= 0.25 <= high for low, high in intervals])
+    together, apart = np.mean(held, axis=0)
+    assert 0.92 < together < 0.98
+    assert apart < 0.92

@@ -17,7 +17,7 @@ import pytest
 
 from medfusion.analysis.tag_store import TagStore
 from medfusion.analysis.tags import WRONG_LABEL
-from medfusion.cli.tag import cases_to_look_at
+from medfusion.cli.errors.tags import cases_to_look_at
 from medfusion.report.tagging import Study, TaggingServer
 from medfusion.report.viewer import nifti, scan_nifti
 
@@ -38,7 +38,9 @@ def serve(tmp_path: Path) -> Iterator[Callable[[], TaggingServer]]:
     running: list[TaggingServer] = []
 
     def start() -> TaggingServer:
-        server = TaggingServer(Study(HOSTILE, CASES, pictures, TagStore(tmp_path / "tags.sqlite", ["noisy", HOSTILE])))
+        server = TaggingServer(
+            Study(HOSTILE, "0123abcd", CASES, pictures, TagStore(tmp_path / "tags.sqlite", ["noisy", HOSTILE]))
+        )
         threading.Thread(target=server.serve_forever, daemon=True).start()
         running.append(server)
         return server
@@ -112,7 +114,7 @@ def test_files_outside_the_study_are_not_served(serve: Callable[[], TaggingServe
 def test_requests_that_make_no_sense_change_nothing(serve: Callable[[], TaggingServer], body: Any, status: int) -> None:
     server = serve()
     assert ask(server, "give", body)[0] == status
-    assert ask(server, "tags.csv")[1] == b"case,reviewer,tag,comment\n"
+    assert ask(server, "tags.csv")[1] == b"case,reviewer,tag,comment,definition\n"
 
 
 def test_pictures_are_those_of_the_case(serve: Callable[[], TaggingServer], tmp_path: Path) -> None:
@@ -139,7 +141,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from tests.report.test_tagging import CASES, HOSTILE, Study, TagStore, TaggingServer, pictures
-server = TaggingServer(Study(HOSTILE, CASES, pictures, TagStore(Path(sys.argv[2]), ["noisy", HOSTILE])))
+server = TaggingServer(Study(HOSTILE, "0123abcd", CASES, pictures, TagStore(Path(sys.argv[2]), ["noisy", HOSTILE])))
 print(server.address, flush=True)
 server.serve_forever()
 """

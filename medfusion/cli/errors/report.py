@@ -1,47 +1,49 @@
-"""`medfusion errors report`: the tables of an error analysis as CSV files, and the page that shows them."""
+"""`medfusion errors report`: all tables as CSV files, and the page that shows them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
-import pandas as pd
+import typer
 
-from medfusion.errors import MedfusionError, some
+from medfusion.cli.errors.options import (
+    AsJson,
+    Cases,
+    Cost,
+    Define,
+    Split,
+    costs_of,
+    eyeball_cases,
+    judged_cases,
+    print_json,
+    scans_of,
+)
+from medfusion.errors import MedfusionError
 
 if TYPE_CHECKING:
-    from medfusion.analysis.definition import Definition
+    import pandas as pd
+
     from medfusion.report.page import Figure
 
 PICTURES = 12  # of the worst errors
 
 
-def write_error_report(
-    definition: Definition,
-    judged: pd.DataFrame,
-    output: Path,
-    *,
-    tags: Path | None,
-    costs: Mapping[str, float],
-    parts: Path | None,
-    split: Path | None,
-    images: Path | None,
-    truths: Path | None,
-    overwrite: bool,
+def report_command(
+    cases: Cases,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for report.html and a CSV file of each table.")],
+    define: Define,
+    tags: Annotated[Path | None, typer.Option(help="CSV file of tags: a table of kinds, and agreement of two.")] = None,
+    cost: Cost = None,
+    parts: Annotated[Path | None, typer.Option(help="CSV file of `errors run`: which component is to blame.")] = None,
+    split: Split = None,
+    images: Annotated[Path | None, typer.Option(help="Folder of the scans: pictures of the worst errors.")] = None,
+    truths: Annotated[Path | None, typer.Option(help="Folder of true label maps, outlined in the pictures.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    as_json: AsJson = False,
 ) -> None:
-    """Write cases.csv, tags.csv, parts.csv, slices.csv, each where it was asked for, and report.html.
-
-    Parameters
-    ----------
-    judged : the cases that may be looked at.
-    parts : its cases that are sealed by ``split`` are left out.
-
-    Raises
-    ------
-    MedfusionError : a file is there already, or a table cannot be used.
-    """
+    """All of it in one offline page, with the tables as CSV files beside it."""
     from medfusion.analysis.blackbox import read_log, read_split, refuse_blackbox, sealed_cases
     from medfusion.analysis.error_table import error_table
     from medfusion.analysis.parts import attribute, parts_from_table
@@ -51,12 +53,15 @@ def write_error_report(
     from medfusion.report.errors import error_sections
     from medfusion.report.page import write_report
 
-    if (output / "report.html").exists() and not overwrite:
+    page = output / "report.html"
+    if page.exists() and not overwrite:
         raise MedfusionError(f"{output}: holds a report already", fix="--overwrite replaces it")
+    definition, judged = judged_cases(cases, define)
+    judged = eyeball_cases(judged, split)
     given = read_tags(tags) if tags else None
     if given is not None and split is not None:
         refuse_blackbox(read_split(split), given["case"])
-    table = error_table(judged, tag_matrix(given), costs) if given is not None else None
+    table = error_table(judged, tag_matrix(given), costs_of(cost)) if given is not None else None
     agree = agreement(given, judged["patient"]) if given is not None and given["reviewer"].nunique() == 2 else None
     sealed = sealed_cases(split) if split else ()
     blamed = attribute(parts_from_table(read_table(parts), definition, without=sealed)) if parts else None
@@ -83,39 +88,38 @@ def write_error_report(
         "parts": blamed.table if blamed else None,
         "slices": slices.table.set_index("slice") if slices else None,
     }
-    _write_tables(output, tables, definition.hash, overwrite)
-    write_report(output / "report.html", "Error analysis", sections, subtitle=f"{definition.name} {definition.hash}")
+    written = {name: each for name, each in tables.items() if each is not None}
+    _write_tables(output, written, definition.hash, overwrite)
+    write_report(page, "Error analysis", sections, subtitle=f"{definition.name} {definition.hash}")
+    if as_json:
+        print_json({"definition": definition.hash, "report": str(page), "tables": [f"{name}.csv" for name in written]})
+    else:
+        typer.echo(f"Report: {page}")
 
 
-def _write_tables(output: Path, tables: Mapping[str, pd.DataFrame | None], definition: str, overwrite: bool) -> None:
+def _write_tables(output: Path, tables: Mapping[str, pd.DataFrame], definition: str, overwrite: bool) -> None:
     """A CSV file of each, with the hash of the definition in every row."""
     from medfusion.io.output import staged
 
     for name, table in tables.items():
-        if table is not None:
-            with staged(output / f"{name}.csv", overwrite) as unfinished:
-                table.assign(definition=definition).to_csv(unfinished)
+        with staged(output / f"{name}.csv", overwrite) as unfinished:
+            table.assign(definition=definition).to_csv(unfinished)
 
 
 def _pictures(judged: pd.DataFrame, images: Path, truths: Path | None) -> list[Figure]:
     """The worst errors, with the truth outlined."""
-    from medfusion.io import discover, read
+    import numpy as np
+
+    from medfusion.io import read
     from medfusion.report.figures import slice_figure
     from medfusion.report.page import Figure
 
-    scans = {one.name: one for one in discover(images)}
-    maps = {one.name: one for one in discover(truths)} if truths else {}
     worst = judged[judged["error"]].sort_values("loss", ascending=False, kind="stable").head(PICTURES)
-    missing = [case for case in worst.index if case not in scans or (truths and case not in maps)]
-    if missing:
-        raise MedfusionError(
-            f"errors without a file in {images}{f' or {truths}' if truths else ''}", cases=some(missing)
-        )
+    scans, maps = scans_of(worst.index, images), scans_of(worst.index, truths) if truths else {}
     figures = []
-    for case, row in worst.iterrows():
-        scan = read(scans[str(case)])
+    for case, loss in worst["loss"].items():
         mask = (read(maps[str(case)]).array > 0).astype(np.uint8) if truths else None
-        png = slice_figure(scan, mask=mask)
-        caption = f"{case}: loss {row['loss']:.4g}"
+        png = slice_figure(read(scans[str(case)]), mask=mask)
+        caption = f"{case}: loss {loss:.4g}"
         figures.append(Figure(png, f"Axial, coronal and sagittal slice. {caption}", caption))
     return figures
