@@ -32,7 +32,7 @@ from medfusion.data.crops import Case, Crop, Crops, prepare, stack
 from medfusion.io.training_set import TrainingCase, read_training_set
 from medfusion.networks import ResidualUNet, adopt
 from medfusion.networks.residual_unet import Residual, fold
-from medfusion.prior import Prior, build_network
+from medfusion.prior import DiffusionPrior, Prior, build_network
 from medfusion.tasks.draw_case import draw_case, read_parent
 from medfusion.tasks.segmenter import mean_dice, prepared, segment, train_segmenter
 from medfusion.training.batches import Order, Samples, loader
@@ -91,7 +91,7 @@ class SpadeUNet(ResidualUNet):
 
 def networks(config: Config, start: str) -> dict[str, ResidualUNet]:
     """Both, with the weights of the prior ``start``."""
-    known, shown = Prior.load(start).network, build_network(config)
+    known, shown = DiffusionPrior.load(start).network, build_network(config)
     adopt(shown, known)
     return {"channels": shown, "spade": SpadeUNet(known, config)}
 
@@ -106,7 +106,7 @@ def learn(network: ResidualUNet, config: Config, cases: Sequence[Case]) -> float
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = group["initial_lr"] * rate
         network.zero_grad()
-        loss = stage.loss(network, sample.shown(torch.device("cpu"), config.diffused)).mean()
+        loss = stage.loss(network, sample.shown(torch.device("cpu"), config.noise_shape), 0.0).mean()
         loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         for optimizer in optimizers:
@@ -161,9 +161,12 @@ def main() -> None:
     for name, network in networks(config, asked.start).items():
         seconds = learn(network, config, cases)
         losses = validation_loss(
-            lambda shown, network=network: Diffusion(config).loss(network, shown), config, held_out, torch.device("cpu")
+            lambda shown, network=network: Diffusion(config).loss(network, shown, 1.0),
+            config,
+            held_out,
+            torch.device("cpu"),
         )
-        prior = Prior(config, network, {})
+        prior = DiffusionPrior(config, network, {})
         dice = [f"{drawn_dice(prior, dev[: asked.judged], judge, w):.3f}" for w in GUIDANCE]
         size = sum(parameter.numel() for parameter in network.parameters())
         shown = ", ".join(f"{t}: {loss:.4f}" for t, loss in losses.items())

@@ -62,12 +62,12 @@ def measure(config: Config, device: torch.device, repeats: int) -> Cost | None:
     average, optimizers = deepcopy(network), build_optimizers(network, config.training)
     if config.training.compile:
         network.compile()
-    shown, seconds = random_batch(config.data.crop).shown(device, config.diffused), []
+    shown, seconds = random_batch(config.data.crop).shown(device, config.noise_shape), []
     for _ in range(WARM_UP + repeats):
         began = time.perf_counter()
         for optimizer in optimizers:
             optimizer.zero_grad()
-        stage.loss(network, shown).mean().backward()
+        stage.loss(network, shown, 0.0).mean().backward()
         for optimizer in optimizers:
             optimizer.step()
         with torch.no_grad():

@@ -58,13 +58,18 @@ class NetworkConfig(Strict):
 
 
 class AutoencoderConfig(Strict):
-    """MONAI's AutoencoderKL, trained first; the diffusion then works on its latents (Rombach et al. 2022)."""
+    """MONAI's AutoencoderKL: its own family, or trained first for a diffusion on its latents (Rombach et al. 2022).
+
+    It maximises log p(x | z) - beta KL(q(z | x) || N(0, 1)), in nats, of a Gaussian p whose spread is learnt.
+    """
 
     # of each level; all but the last halve the resolution
     channels: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = Field((32, 64, 64), min_length=2)
     blocks: PositiveInt = 1  # of each level
     latents: PositiveInt = 4  # channels
-    kl_weight: float = Field(1e-6, gt=0)  # of the divergence from the normal distribution, beside the absolute error
+    beta: float = Field(1.0, ge=0)  # 0: no noise on the latents either, a plain autoencoder; 1: a VAE
+    beta_warmup: float = Field(0.2, ge=0, le=1)  # share of the steps on which beta rises, against posterior collapse
+    # of the first stage of latent diffusion; as a family of its own it is trained by the section training
     steps: int = Field(3000, ge=1)
     batch: int = Field(2, ge=1)  # crops of a step, over all devices
     learning_rate: float = Field(1e-4, gt=0)  # of AdamW
@@ -161,9 +166,11 @@ class Config(Strict):
     """Everything that ``medfusion train`` needs beside the data folder."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    process: ProcessConfig = ProcessConfig()
+    family: Literal["diffusion", "autoencoder"] = "diffusion"
+    process: ProcessConfig = ProcessConfig()  # of a diffusion, as network
     network: NetworkConfig = NetworkConfig()
-    autoencoder: AutoencoderConfig | None = None  # latent diffusion, for large volumes; off: the voxels themselves
+    # its own family, or for latent diffusion of large volumes; without it a diffusion works on the voxels themselves
+    autoencoder: AutoencoderConfig | None = None
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
@@ -192,18 +199,36 @@ class Config(Strict):
         return self
 
     @model_validator(mode="after")
+    def _the_family_is_described(self) -> Config:
+        if self.family == "autoencoder" and self.autoencoder is None:
+            raise ValueError("the family autoencoder needs the section autoencoder")
+        return self
+
+    @model_validator(mode="after")
     def _crops_can_be_halved(self) -> Config:
-        levels = len(self.network.channels) + (len(self.autoencoder.channels) - 1 if self.autoencoder else 0)
-        if self.data.crop % 2**levels:
-            raise ValueError(f"data.crop is no multiple of 2^{levels}, one factor a level")
+        if self.data.crop % self.multiple:
+            raise ValueError(
+                f"data.crop is no multiple of {self.multiple}, a factor of 2 for each level that halves it"
+            )
         return self
 
     @property
-    def diffused(self) -> tuple[int, int]:
-        """Channels and edge of what the diffusion works on: a crop, or its latents."""
+    def latent(self) -> bool:
+        """Whether it is a diffusion on the latents of an autoencoder, which is trained first."""
+        return self.family == "diffusion" and self.autoencoder is not None
+
+    @property
+    def multiple(self) -> int:
+        """What edges of crops are multiples of."""
+        factor = 1 if self.autoencoder is None else self.autoencoder.factor
+        return factor * (2 ** len(self.network.channels) if self.family == "diffusion" else 1)
+
+    @property
+    def noise_shape(self) -> tuple[int, ...]:
+        """Of the noise that belongs to a crop, channels first: that of the crop itself, or of its latents."""
         if self.autoencoder is None:
-            return 1, self.data.crop
-        return self.autoencoder.latents, self.data.crop // self.autoencoder.factor
+            return 1, *[self.data.crop] * 3
+        return self.autoencoder.latents, *[self.data.crop // self.autoencoder.factor] * 3
 
 
 def _parse(value: str) -> Any:

@@ -12,7 +12,7 @@ from scipy.spatial.transform import Rotation
 from torch import nn
 
 from medfusion.config import Config
-from medfusion.prior import Prior, build_network
+from medfusion.prior import DiffusionPrior, Prior, build_network
 
 CENTRE = np.array([3.0, -5.0, 7.0])  # world millimetres, RAS, of the phantom's centre
 RADIUS = 36.0  # mm
@@ -32,15 +32,15 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
     return Config.model_validate(tree)
 
 
-def white_prior() -> Prior:
+def white_prior() -> DiffusionPrior:
     """The exact prior of white noise N(0, 1): its network answers v = 0, so E[x_0 | x_t] = alpha(t) x_t."""
     config = tiny_config()
     network = build_network(config)
     nn.init.zeros_(network.tail.bias)  # the tail's weight is zero from the start
-    return Prior(config, network.eval().requires_grad_(False), PROVENANCE)
+    return DiffusionPrior(config, network.eval().requires_grad_(False), PROVENANCE)
 
 
-def random_prior(seed: int = 0, config: Config | None = None) -> Prior:
+def random_prior(seed: int = 0, config: Config | None = None) -> DiffusionPrior:
     """No weight is zero: the answer depends on neighbours, noise level and all that is told."""
     config = tiny_config() if config is None else config
     network, generator = build_network(config), torch.Generator().manual_seed(seed)
@@ -49,10 +49,10 @@ def random_prior(seed: int = 0, config: Config | None = None) -> Prior:
         parameter.copy_(gain * torch.randn(parameter.shape, generator=generator))
     if network.classes is not None:
         network.classes.weight[0] = 0  # not told
-    return Prior(config, network.eval(), PROVENANCE)
+    return DiffusionPrior(config, network.eval(), PROVENANCE)
 
 
-def conditional_prior() -> Prior:
+def conditional_prior() -> DiffusionPrior:
     """A random prior that is told a label map of the values 0 to 2 and one of the classes a and b."""
     shown = {"located": False, "labels": 3, "classes": ("a", "b")}
     return random_prior(config=tiny_config(network=shown, data={"labels": "*_seg.nii.gz", "classes": "classes.csv"}))

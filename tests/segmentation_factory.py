@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 from prior_factory import PROVENANCE, tiny_config
 
-from medfusion.prior import Prior, build_network
+from medfusion.prior import DiffusionPrior, Prior, build_network
 
 SHAPE, SPACING = (24, 26, 22), 2.0
 BRIGHTNESS = (-1.0, 0.2, 0.8)  # of background and the two parts, in the units of priors
@@ -76,4 +76,4 @@ def painting_prior() -> Prior:
             for value, brightness in enumerate(BRIGHTNESS):
                 network.head.weight[place, 8 + 8 * value + place, 1, 1, 1] = brightness
             network.tail.weight[place, place, 1, 1, 1] = 1
-    return Prior(config, network.eval().requires_grad_(False), PROVENANCE)
+    return DiffusionPrior(config, network.eval().requires_grad_(False), PROVENANCE)

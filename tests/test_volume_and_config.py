@@ -97,7 +97,7 @@ def test_a_base_that_cannot_be_used_is_named(tmp_path, text, message):
         (["data.classes=c.csv"], "go together"),
         (["data.painted_share=0.5"], "painted_share needs labels"),
         (["data.labels=x", "data.painted_share=0.6", "data.remapped_share=0.5"], "together above 1"),
-        (["data.crop=48", "network.channels=[8, 8, 8, 8, 8]", "network.blocks=[1, 1, 1, 1, 1]"], "multiple of 2^5"),
+        (["data.crop=48", "network.channels=[8, 8, 8, 8, 8]", "network.blocks=[1, 1, 1, 1, 1]"], "multiple of 32"),
         (["training.objective=hybrid"], "go together"),
         (["process.family=ve", "process.sigma_min=60"], "is not below"),
     ],

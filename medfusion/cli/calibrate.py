@@ -43,7 +43,7 @@ def calibrate_prior(
     from medfusion.io.output import check_output
     from medfusion.prior import Prior
     from medfusion.tasks.calibrate import FEWEST, gather, make_reference
-    from medfusion.tasks.rebuild import METHODS
+    from medfusion.tasks.rebuild import METHODS, require_autoencoder
     from medfusion.tasks.runner import pick_device
 
     unknown = [method for method in methods if method not in METHODS]
@@ -58,8 +58,8 @@ def calibrate_prior(
     if out.exists() and not overwrite:
         raise MedfusionError(f"{out}: exists already", fix="--overwrite, or another name")
     loaded = Prior.load(prior, pick_device(device))
-    if "autoencoder" in methods and loaded.autoencoder is None:
-        raise MedfusionError(f"{loaded.name}: has no autoencoder", fix="train one: configs/brain_t1_latent.yaml")
+    if "autoencoder" in methods:
+        require_autoencoder(loaded)
     found, _ = without(scans_called(healthy, images, masks), exclude)
     if len(found) < FEWEST:
         raise MedfusionError(f"{len(found)} healthy scan(s) are too few for a reference", fewest=FEWEST)

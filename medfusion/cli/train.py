@@ -139,7 +139,7 @@ def _train(console: Console, cases: list[Case], config: Config, out: Path, **opt
     from medfusion.training import train
 
     try:
-        steps = config.training.steps + (config.autoencoder.steps if config.autoencoder else 0)
+        steps = config.training.steps + (config.autoencoder.steps if config.autoencoder and config.latent else 0)
         with _bar(console, steps) as advance:
             train(cases, config, out, say=lambda line: _say(console, line), progress=advance, **options)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""MONAI's variational autoencoder with latents of unit variance, as a diffusion process expects them."""
+"""MONAI's variational autoencoder, its likelihood's spread, and latents of unit variance for a diffusion on them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from medfusion.objectives.elbo import Rebuilt
+
 GROUPS = 8  # of the normalisation
+FIRST_SPREAD = -1.0  # its logarithm, half of that of images, and
+SPREAD_UNIT = 30.0  # how fast it can change: Adam moves a value by its rate at most, e.g. 1e-4 a step
 
 
 class Autoencoder(nn.Module):
     """Images (b, 1, d, h, w) to latents (b, c, d / factor, h / factor, w / factor) and back.
 
-    Every edge of an image is a multiple of ``factor``. ``scale`` is set after the training.
+    Every edge of an image is a multiple of ``factor``. ``scale`` is set after the training of a first stage.
     """
 
     scale: Tensor
@@ -34,12 +38,18 @@ class Autoencoder(nn.Module):
             with_encoder_nonlocal_attn=False,  # attention over all voxels is what large volumes cannot afford
             with_decoder_nonlocal_attn=False,
         )
+        self.spread = nn.Parameter(torch.zeros(()))
         self.register_buffer("scale", torch.ones(()))
 
-    def forward(self, image: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The image from noised latents; mean and standard deviation of the latents, as the encoder gives them."""
+    @property
+    def log_spread(self) -> Tensor:
+        """Logarithm of the standard deviation of what is rebuilt, learnt with the network."""
+        return FIRST_SPREAD + SPREAD_UNIT * self.spread
+
+    def forward(self, image: Tensor, noise: Tensor) -> Rebuilt:
+        """Rebuilt from noised latents; these are as the encoder gives them, not scaled."""
         mean, deviation = self.kl.encode(image)
-        return self.kl.decode(mean + deviation * noise), mean, deviation
+        return Rebuilt(self.kl.decode(mean + deviation * noise), self.log_spread, mean, deviation)
 
     def encode(self, image: Tensor) -> Tensor:
         """Mean latents, scaled."""

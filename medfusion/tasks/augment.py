@@ -110,6 +110,8 @@ def check_prior(prior: str, config: Config, real: TrainingSet, request: Request)
     ------
     MedfusionError : it is shown no label maps, or not these labels, or does not know the classes.
     """
+    if config.family != "diffusion":
+        raise MedfusionError(f"{prior}: is of the family {config.family}, which draws no labelled cases")
     known = config.network.labels
     if not known and request.from_real is None:
         raise MedfusionError(

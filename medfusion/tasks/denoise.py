@@ -210,7 +210,7 @@ def _draw(prior: Prior, y: Tensor, ratio: Tensor, generator: torch.Generator, ti
 def volume_noise(volume: Volume, prior: Prior, *, sigma: float | None = None, kind: Kind | None = None) -> Noise:
     """The noise of a scan; what is given is not looked for. Raises as ``denoise_volume`` does."""
     check_scan(volume, prior, patches=True)
-    if prior.autoencoder is not None:
+    if prior.config.latent:
         raise MedfusionError(
             f"{prior.name}: a latent prior does not denoise: its noise is that of latents, not that of a scan",
             fix="use a prior without autoencoder: `medfusion priors` lists those shipped",

@@ -92,7 +92,7 @@ def draw_case(
     told = None if class_index == UNKNOWN else torch.tensor([class_index])
     denoise = prior.denoiser(context, shown, told, guidance)
     image = parent.image if moved is None else warp_image(parent.image, moved)
-    x0 = prior.encode(torch.from_numpy(image)[None, None].to(prior.device))
+    x0 = prior.latents(torch.from_numpy(image)[None, None].to(prior.device))
     if drawn is not None:
         times = time_steps(prior.process, steps)
         missing = torch.from_numpy(drawn)[None, None].to(x0.device)
@@ -101,7 +101,7 @@ def draw_case(
         start = min(strength, LAST)
         x = prior.process.add_noise(x0 if strength < 1 else torch.zeros_like(x0), noise_like(x0, [generator]), start)
         x = dpm_solver(denoise, x, time_steps(prior.process, steps, "log_snr", start=start))
-    image = parent.scale.invert(prior.decode(x, parent.image.shape)[0, 0].cpu().numpy())
+    image = parent.scale.invert(prior.images(x, parent.image.shape)[0, 0].cpu().numpy())
     if drawn is not None:
         image = np.where(drawn, image, parent.grid.array)  # unclipped
     return Volume(image, parent.grid.affine, name, parent.grid.modality)

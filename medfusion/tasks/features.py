@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from medfusion.data.intensity import SEEN
 from medfusion.networks.residual_unet import ResidualUNet, detail, fold, fourier
-from medfusion.prior import Prior, prior_path
+from medfusion.prior import DiffusionPrior, prior_path
 
 PRIOR = "mri-patch"
 TIME = 0.2  # what the network is told: noise with a standard deviation of 0.32; what it is shown is the volume itself
@@ -50,7 +50,7 @@ def features(volumes: Sequence[NDArray[Any]], device: str | torch.device = "cpu"
     five cases, eight times each       34 (27 to 41)                   [32]
     Weak noise and smooth warps are lost in the differences between persons; ``patch_distance`` sees 5 % noise.
     """
-    prior = Prior.load(PRIOR, device)
+    prior = DiffusionPrior.load(PRIOR, device)
     log_ratio = prior.process.log_noise_ratio(TIME).float().to(device)[None]
     columns = _projection()  # of one row at a time: matrix products round a row differently among others
     return np.stack([_pooled(prior.network, volume, log_ratio) @ columns - CENTRE for volume in volumes])

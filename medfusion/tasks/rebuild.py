@@ -68,12 +68,12 @@ def coarse(x: Tensor, generator: torch.Generator) -> Tensor:
 def there_and_back(shown: Shown, *, t: float, steps: int, draws: int, noise: Noise = gaussian) -> Tensor:
     """The scan noised to t and brought back in DDIM steps, the mean of ``draws``."""
     prior = shown.prior
-    x0, times = prior.encode(shown.image), time_steps(prior.process, steps, start=t)
+    x0, times = prior.latents(shown.image), time_steps(prior.process, steps, start=t)
     denoise = prior.denoiser(shown.context)
     total = torch.zeros_like(shown.image)
     for draw in range(draws):
         x = prior.process.add_noise(x0, noise(x0, shown.generator(draw)), t)
-        total += prior.decode(ddim(denoise, x, times), shown.image.shape[2:])
+        total += prior.images(ddim(denoise, x, times), shown.image.shape[2:])
     return total / draws
 
 
@@ -81,11 +81,11 @@ def there_and_back(shown: Shown, *, t: float, steps: int, draws: int, noise: Noi
 def at_once(shown: Shown, *, ratios: tuple[float, ...], draws: int) -> Tensor:
     """The mean of E[x_0 | x_t] over noise ratios and draws: one evaluation each and no way back."""
     prior, total = shown.prior, torch.zeros_like(shown.image)
-    denoise, x0 = prior.denoiser(shown.context), prior.encode(shown.image)
+    denoise, x0 = prior.denoiser(shown.context), prior.latents(shown.image)
     for k, ratio in enumerate(ratios * draws):
         t = prior.process.time_of(ratio)
         x = prior.process.add_noise(x0, gaussian(x0, shown.generator(k)), t)
-        total += prior.decode(denoise(x, t), shown.image.shape[2:])
+        total += prior.images(denoise(x, t), shown.image.shape[2:])
     return total / (len(ratios) * draws)
 
 
@@ -119,9 +119,14 @@ def blurred(shown: Shown) -> Tensor:
 
 def through_autoencoder(shown: Shown) -> Tensor:
     """The scan as its latents tell it."""
-    if shown.prior.autoencoder is None:
-        raise MedfusionError(f"{shown.prior.name}: has no autoencoder", fix="train one: configs/brain_t1_latent.yaml")
-    return shown.prior.decode(shown.prior.encode(shown.image), shown.image.shape[2:])
+    require_autoencoder(shown.prior)
+    return shown.prior.images(shown.prior.latents(shown.image), shown.image.shape[2:])
+
+
+def require_autoencoder(prior: Prior) -> None:
+    """Raise a MedfusionError if the prior has none."""
+    if prior.config.autoencoder is None:
+        raise MedfusionError(f"{prior.name}: has no autoencoder", fix="train one: configs/brain_t1_autoencoder.yaml")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ MOST_WORKERS = 8
 
 
 class Shown(NamedTuple):
-    """A batch and what is done to it: crop, noise (b, c, d, h, w) as of ``Config.diffused``, times (b,) on the CPU."""
+    """A batch and what is done to it: crop, noise (b, *``Config.noise_shape``), times (b,) on the CPU."""
 
     crop: Crop
     noise: Tensor
@@ -39,7 +39,7 @@ class Sample(NamedTuple):
     seed: Tensor
     t: Tensor
 
-    def shown(self, device: torch.device, diffused: tuple[int, int]) -> Shown:
+    def shown(self, device: torch.device, noise_shape: tuple[int, ...]) -> Shown:
         """A batch on ``device``; the noise is drawn there, whoever fetched the crops and wherever the scans lie."""
 
         def move(tensor: Tensor) -> Tensor:
@@ -47,9 +47,8 @@ class Sample(NamedTuple):
 
         image, context, labels, class_index = self.crop
         crop = Crop(move(image), move(context), None if labels is None else move(labels), move(class_index))
-        channels, edge = diffused
         noise = [
-            torch.randn(channels, edge, edge, edge, generator=torch.Generator(device).manual_seed(seed), device=device)
+            torch.randn(noise_shape, generator=torch.Generator(device).manual_seed(seed), device=device)
             for seed in self.seed.tolist()
         ]
         return Shown(crop, torch.stack(noise), self.t)

@@ -10,21 +10,12 @@ from medfusion.prior import Prior
 def model_card(prior: Prior) -> str:
     """Markdown; says what was not stated rather than leave it out."""
     config, about = prior.config, prior.provenance
-    process, shown = config.process, config.network
-    told = [
-        "position and kind of image" if shown.located else "",
-        f"a label map of {shown.labels} values" if shown.labels else "",
-        f"a class ({', '.join(shown.classes)})" if shown.classes else "",
-    ]
     facts = {
         "Data": f"{about['data'] or 'not stated'}: {about['training_scans']} scans trained on, "
         f"{about['validation_scans']} held out for validation",
         "Licence of the weights": config.licence or "not stated",
-        "Process": f"{process.family}, {process.schedule} schedule, {process.steps} steps, "
-        f"{process.prediction}-prediction, objective {config.training.objective}",
-        "Network": f"residual U-Net without normalisation, stem {shown.stem}, channels {list(shown.channels)}, "
-        f"{about['parameters'] / 1e6:.1f} million parameters; "
-        f"told {', '.join(filter(None, told)) or 'nothing beside the image'}",
+        **(_diffusion(prior) if config.family == "diffusion" else {"Family": prior.kind}),
+        **_autoencoder(prior),
         "Preprocessing": f"{config.preprocessing.modality}, {config.preprocessing.spacing:g} mm, nearest RAS "
         f"orientation, background median to -1, percentile {config.preprocessing.percentile:g} of the foreground to +1",
         "Training": f"{about['steps']} steps of {config.training.batch} crops of {config.data.crop}^3 voxels, "
@@ -32,25 +23,53 @@ def model_card(prior: Prior) -> str:
         + (f", from the weights of {config.training.start}" if config.training.start else ""),
         "Made": f"{about['trained']} with medfusion {about['medfusion']}, torch {about['torch']}",
     }
-    if config.autoencoder is not None:
-        facts["Autoencoder"] = (
-            f"{config.autoencoder.latents} latents at one {config.autoencoder.factor}th of the resolution, "
-            f"channels {list(config.autoencoder.channels)}, {config.autoencoder.steps} steps of "
-            f"{config.autoencoder.batch} crops; held-out crops rebuilt at {about['reconstruction_psnr']:.2f} dB"
-        )
     return "\n".join(
         [
             f"# {prior.name}",
             *_table(("", ""), facts.items()),
-            "## Validation loss",
-            "Mean loss on one fixed crop of each held-out scan, at fixed times and noise:",
-            *_table(("t", *about["validation_loss"]), [("loss", *about["validation_loss"].values())]),
+            *_validation(config.family, about["validation_loss"]),
             *_denoising(about.get("denoising_psnr", {})),
             "## Intended use and limits",
             config.notes or "Not stated. For research, not for diagnosis.",
             "",
         ]
     )
+
+
+def _diffusion(prior: Prior) -> dict[str, str]:
+    process, shown = prior.config.process, prior.config.network
+    told = [
+        "position and kind of image" if shown.located else "",
+        f"a label map of {shown.labels} values" if shown.labels else "",
+        f"a class ({', '.join(shown.classes)})" if shown.classes else "",
+    ]
+    return {
+        "Process": f"{process.family}, {process.schedule} schedule, {process.steps} steps, "
+        f"{process.prediction}-prediction, objective {prior.config.training.objective}",
+        "Network": f"residual U-Net without normalisation, stem {shown.stem}, channels {list(shown.channels)}, "
+        f"{prior.provenance['parameters'] / 1e6:.1f} million parameters; "
+        f"told {', '.join(filter(None, told)) or 'nothing beside the image'}",
+    }
+
+
+def _autoencoder(prior: Prior) -> dict[str, str]:
+    config, shape = prior.config, prior.config.autoencoder
+    if shape is None:
+        return {}
+    about = f"{shape.latents} latents at one {shape.factor}th of the resolution, channels {list(shape.channels)}"
+    if config.latent:
+        about += (
+            f", {shape.steps} steps of {shape.batch} crops; held-out crops rebuilt at "
+            f"{prior.provenance['reconstruction_psnr']:.2f} dB"
+        )
+    return {"Autoencoder": about}
+
+
+def _validation(family: str, found: dict[str, float]) -> list[str]:
+    if family == "diffusion":
+        explained = "Mean loss on one fixed crop of each held-out scan, at fixed times and noise:"
+        return ["## Validation loss", explained, *_table(("t", *found), [("loss", *found.values())])]
+    return ["## Validation", "On one fixed crop of each held-out scan:", *_table(("measure", "value"), found.items())]
 
 
 def _denoising(decibels: dict[str, dict[str, float]]) -> list[str]:

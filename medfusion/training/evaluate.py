@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from medfusion.diffusion import Denoiser, dpm_solver, time_steps
 from medfusion.io import staged
 from medfusion.metrics import psnr
 from medfusion.networks import Autoencoder
+from medfusion.objectives.elbo import Rebuilt, divergence, elbo
 from medfusion.prior import Prior, half_width
 from medfusion.training.batches import Sample, Shown
 
 VALIDATION_TIMES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)
 NOISE_LEVELS = (0.05, 0.10, 0.20)  # of the range from air to bright tissue
 TISSUE = -0.8  # decibels are taken where the clean crop is above it
+IN_USE = 0.1  # standard deviation of a latent's mean
 PICTURED, PICTURED_NOISE, SAMPLING_STEPS = 4, 0.2, 12
 
 
@@ -33,11 +36,36 @@ def validation_loss(
     for time in VALIDATION_TIMES:
         losses = []
         for index, crop in enumerate(crops):
-            shown = Sample(crop, torch.tensor([0]), torch.tensor([time])).shown(device, config.diffused)
+            shown = Sample(crop, torch.tensor([0]), torch.tensor([time])).shown(device, config.noise_shape)
             shown = shown._replace(noise=_noise(config, index).to(device))  # the same on every device
             losses.append(float(loss(shown).mean()))
         result[f"{time:g}"] = round(sum(losses) / len(losses), 5)
     return result
+
+
+@torch.no_grad()
+def validation_bound(
+    rebuilt: Callable[[Shown], Rebuilt], config: Config, crops: Sequence[Crop], network: Autoencoder
+) -> dict[str, float]:
+    """Means over crops: the bound with beta = 1 in nats and bits per voxel, its divergence, latents in use.
+
+    A latent is in use where its mean varies over the crops by more than a tenth of the prior's spread (Burda et al.
+    2016, section 5.2): posterior collapse leaves none.
+    """
+    bounds, divergences, means = [], [], []
+    for index, crop in enumerate(crops):
+        shown = Sample(crop, torch.tensor([0]), torch.tensor([0.5])).shown(network.scale.device, config.noise_shape)
+        found = rebuilt(shown._replace(noise=_noise(config, index).to(network.scale.device)))
+        bounds.append(float(elbo(shown.crop.image, found)))
+        divergences.append(float(divergence(found).sum()))
+        means.append(found.mean.float().flatten())
+    bound, voxels = sum(bounds) / len(bounds), crops[0].image.numel()
+    return {
+        "elbo_nats": round(bound, 1),
+        "bits_per_voxel": round(-bound / (voxels * math.log(2)), 5),
+        "divergence_nats": round(sum(divergences) / len(divergences), 2),
+        "latents_in_use": int((torch.stack(means).std(dim=0) > IN_USE).sum()) if len(means) > 1 else 0,
+    }
 
 
 @torch.no_grad()
@@ -82,9 +110,9 @@ def picture(prior: Prior, crops: Sequence[Crop], path: Path) -> None:
     rows, ratio = [], min(PICTURED_NOISE, float(prior.process.noise_ratio(1.0)))
     for index, crop in enumerate(crops[:PICTURED]):
         noise = _noise(prior.config, index).to(prior.device)
-        noisy = prior.encode(crop.image.to(prior.device)) + ratio * noise
+        noisy = prior.latents(crop.image.to(prior.device)) + ratio * noise
         seen = (noisy, _posterior_mean(prior.denoiser(), noisy, ratio), _sample(prior, crop, noise))
-        rows.append((crop.image, *(prior.decode(x, crop.image.shape[2:]).cpu() for x in seen)))
+        rows.append((crop.image, *(prior.images(x, crop.image.shape[2:]).cpu() for x in seen)))
     _save_rows(rows, path)
 
 
@@ -120,5 +148,4 @@ def _sample(prior: Prior, crop: Crop, noise: Tensor) -> Tensor:
 
 
 def _noise(config: Config, seed: int) -> Tensor:
-    channels, edge = config.diffused
-    return torch.randn(1, channels, edge, edge, edge, generator=torch.Generator().manual_seed(seed))
+    return torch.randn(1, *config.noise_shape, generator=torch.Generator().manual_seed(seed))

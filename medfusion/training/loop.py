@@ -37,7 +37,7 @@ from medfusion.training.memory import advice, on_device, out_of_memory, require_
 from medfusion.training.meter import Meter, State
 from medfusion.training.optimizer import build_optimizers
 from medfusion.training.signals import signals_held
-from medfusion.training.stages import Diffusion, Stage, autoencoding
+from medfusion.training.stages import Diffusion, Stage, autoencoding, only_stage
 
 CLIP_NORM = 1.0
 LOG_EVERY = 10  # steps; a GPU is asked for its losses no more often, because it would have to wait for the answer
@@ -74,10 +74,13 @@ def train(
     """
     accelerator = _accelerator(device)
     begun, resumed = read_run(out, config) if resume else (None, None)
-    autoencoder, before, hours = None, 0, 0.0
-    if config.autoencoder is not None:
-        before = config.autoencoder.steps
-        autoencoder, hours = _first_stage(cases, config, out, accelerator, workers, begun, say, progress)
+    if not config.latent:
+        run, hours = _Run(only_stage(config), cases, out, accelerator, workers, resumed), 0.0
+        run.follow(say, progress)
+        return run.finish(data, hours)
+    assert config.autoencoder is not None
+    before = config.autoencoder.steps
+    autoencoder, hours = _first_stage(cases, config, out, accelerator, workers, begun, say, progress)
     run = _Run(Diffusion(config, autoencoder), cases, out, accelerator, workers, resumed)
     run.follow(say, lambda state: progress(state._replace(step=before + state.step)))
     return run.finish(data, hours)
@@ -113,7 +116,7 @@ def read_run(out: Path, config: Config) -> tuple[dict[str, Any] | None, dict[str
     ------
     MedfusionError : there is none, one is damaged, or one was made with another config.
     """
-    if config.autoencoder is None:
+    if not config.latent:
         return None, checkpoint.read_checkpoint(out, config)
     stage = autoencoding(config)
     parts = {"autoencoder", "preprocessing", "data", "training"}  # what it depends on
@@ -208,9 +211,9 @@ class _Run:
         total = torch.zeros((), device=self.device)
         for part in range(parts):
             with self.meter.waiting():
-                shown = next(self.parts).shown(self.device, self.config.diffused)
+                shown = next(self.parts).shown(self.device, self.config.noise_shape)
             with nullcontext() if part + 1 == parts else self.accelerator.no_sync(self.model):
-                loss = self.stage.loss(self.model, shown).mean() / parts
+                loss = self.stage.loss(self.model, shown, step / self.config.training.steps).mean() / parts
                 self.accelerator.backward(loss)
             total += loss.detach()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
@@ -309,8 +312,7 @@ class _Run:
 
     def finish(self, data: str, hours: float) -> Prior:
         """The averaged network with its provenance, on the disk with its card; ``hours`` were spent before this run."""
-        assert isinstance(self.stage, Diffusion)
-        prior = self.stage.prior(self.ema, self._provenance(self.stage, data, hours + self.hours))
+        prior = self.stage.prior(self.ema, self._provenance(data, hours + self.hours))
         if self.accelerator.is_main_process:
             with staged(self.out / checkpoint.PRIOR, overwrite=True) as unfinished:
                 prior.save(unfinished)
@@ -319,7 +321,7 @@ class _Run:
         self.accelerator.wait_for_everyone()
         return prior
 
-    def _provenance(self, stage: Diffusion, data: str, hours: float) -> dict[str, Any]:
+    def _provenance(self, data: str, hours: float) -> dict[str, Any]:
         from medfusion import __version__
 
         name = torch.cuda.get_device_name(self.device) if self.device.type == "cuda" else "CPU"
@@ -337,8 +339,8 @@ class _Run:
             "waiting_for_data": round(self.meter.waited / max(self.meter.worked, 1e-9), 4),
             "parameters": sum(p.numel() for p in self.ema.parameters()),
             # a run may be resumed after its last step
-            "validation_loss": self.validated or stage.validate(self.ema, self.held_out),
-            **stage.decibels(self.ema, self.held_out),
+            "validation_loss": self.validated or self.stage.validate(self.ema, self.held_out),
+            **self.stage.measures(self.ema, self.held_out),
             "licence": self.config.licence,
         }
 

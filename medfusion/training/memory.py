@@ -70,7 +70,7 @@ def advice(stage: Stage, processes: int, device: torch.device, need: int) -> Med
     Where a step failed although it should have fitted, nobody knows by how much: half is advised.
     """
     settings, crop = stage.config.training, stage.config.data.crop
-    section = "network" if stage.settings == "training" else stage.settings
+    section, diffusion = stage.section, stage.section == "network"
     channels = getattr(stage.config, section).channels
     free = available(device)
     limit = free if free < need else need // 2
@@ -79,8 +79,8 @@ def advice(stage: Stage, processes: int, device: torch.device, need: int) -> Med
     edges = [edge for edge in range(crop - 16, 0, -16) if edge % _divisor(stage) == 0]
     narrower = [tuple(max(8, c * eighths // 64 * 8) for c in channels) for eighths in range(7, 0, -1)]
     values: dict[tuple[str, str], Sequence[Any]] = {
-        ("training", "accumulate"): [settings.accumulate * part // n for n in smaller if section == "network"],
-        ("training", "recompute"): [] if settings.recompute or section != "network" else [True],
+        ("training", "accumulate"): [settings.accumulate * part // n for n in smaller if stage.settings == "training"],
+        ("training", "recompute"): [] if settings.recompute or not diffusion else [True],
         ("training", "batch"): [settings.batch * n // part for n in smaller],
         ("data", "crop"): edges,
         (section, "channels"): narrower,
@@ -102,8 +102,7 @@ def advice(stage: Stage, processes: int, device: torch.device, need: int) -> Med
 
 def _divisor(stage: Stage) -> int:
     """Of the edges of crops."""
-    factor = stage.config.data.crop // stage.config.diffused[1]
-    return int(factor * 2 ** len(stage.config.network.channels))
+    return stage.config.multiple
 
 
 def bytes_per_voxel(stage: Stage, network: nn.Module, device: torch.device) -> float:
@@ -118,7 +117,7 @@ def bytes_per_voxel(stage: Stage, network: nn.Module, device: torch.device) -> f
 
 def _kept(stage: Stage, network: nn.Module, device: torch.device, edge: int) -> int:
     """Bytes that autograd keeps for the backward pass of one crop, and those of a block that is recomputed."""
-    diffused = with_settings(stage, "data", crop=edge).config.diffused
+    noise_shape = with_settings(stage, "data", crop=edge).config.noise_shape
     crop = Crop(torch.zeros(1, 1, edge, edge, edge), torch.zeros(1, 4, *[edge // 2] * 3), None, torch.tensor([UNKNOWN]))
     kept: dict[int, int] = {}
     inputs = [0]
@@ -131,9 +130,9 @@ def _kept(stage: Stage, network: nn.Module, device: torch.device, edge: int) -> 
         inputs.append(arguments[0].nbytes)
 
     hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, Residual)]
-    shown = Sample(crop, torch.tensor([0]), torch.tensor([0.5])).shown(device, diffused)
+    shown = Sample(crop, torch.tensor([0]), torch.tensor([0.5])).shown(device, noise_shape)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = stage.loss(network, shown)  # held, so that no kept tensor's address is given out twice
+        loss = stage.loss(network, shown, 1.0)  # held, so that no kept tensor's address is given out twice
     for hook in hooks:
         hook.remove()
     del loss

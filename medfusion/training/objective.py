@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from medfusion.config import Config
 from medfusion.diffusion import hybrid_loss, regression_loss
+from medfusion.objectives.elbo import Rebuilt, elbo
 from medfusion.prior import build_denoiser, half_width
 from medfusion.training.batches import Shown
 
@@ -25,15 +26,17 @@ def batch_loss(network: nn.Module, config: Config, shown: Shown) -> Tensor:
     return regression_loss(denoise, crop.image, shown.noise, shown.t, config.training.objective)
 
 
-def autoencoder_loss(network: nn.Module, config: Config, shown: Shown) -> Tensor:
-    """(b,): mean absolute error, and ``kl_weight`` times the divergence of the latents from N(0, 1), in nats.
-
-    KL(N(m, s^2) || N(0, 1)) = (m^2 + s^2 - log s^2 - 1) / 2 of each latent, summed (Kingma & Welling 2014, app. B).
-    """
+def rebuilt(network: nn.Module, config: Config, shown: Shown) -> Rebuilt:
+    """A batch through the autoencoder; where beta is 0, which would let any noise shrink to nothing, without noise."""
     assert config.autoencoder is not None
     with half_width(shown.noise.device):
-        rebuilt, mean, deviation = network(shown.crop.image, shown.noise)
-    mean, variance = mean.float(), deviation.float().square()
-    divergence = (mean.square() + variance - variance.log() - 1).flatten(1).sum(dim=1) / 2
-    error = (rebuilt.float() - shown.crop.image).abs().flatten(1).mean(dim=1)
-    return error + config.autoencoder.kl_weight * divergence
+        found: Rebuilt = network(shown.crop.image, shown.noise if config.autoencoder.beta else 0 * shown.noise)
+    return found
+
+
+def autoencoder_loss(network: nn.Module, config: Config, shown: Shown, share: float) -> Tensor:
+    """(b,): the bound per voxel, negative; beta rises on the first ``share`` of the steps (Bowman et al. 2016)."""
+    assert config.autoencoder is not None
+    warmup = config.autoencoder.beta_warmup
+    beta = config.autoencoder.beta * (min(1.0, share / warmup) if warmup else 1.0)
+    return -elbo(shown.crop.image, rebuilt(network, config, shown), beta) / shown.crop.image[0].numel()

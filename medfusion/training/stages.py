@@ -1,4 +1,4 @@
-"""What the loop can train: the diffusion network, and before it, for latent diffusion, the autoencoder."""
+"""What the loop can train: a family's networks; for latent diffusion the autoencoder, then the diffusion network."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from medfusion.data.crops import Case, Crop, mean_atlas
 from medfusion.errors import MedfusionError
 from medfusion.networks import Autoencoder, ResidualUNet, adopt, on_latents
 from medfusion.networks.residual_unet import ATLAS, ATLAS_REACH
-from medfusion.prior import Prior, build_autoencoder, build_network
+from medfusion.prior import AutoencoderPrior, DiffusionPrior, Prior, build_autoencoder, build_network
 from medfusion.training.batches import Samples, Shown
 from medfusion.training.evaluate import (
     denoising_psnr,
     picture,
     reconstruction_picture,
     reconstruction_psnr,
+    validation_bound,
     validation_loss,
 )
-from medfusion.training.objective import autoencoder_loss, batch_loss
+from medfusion.training.objective import autoencoder_loss, batch_loss, rebuilt
 
 SCALED_BY = 32  # crops from which the spread of the latents is measured
 
@@ -44,20 +45,30 @@ class Stage(Protocol):
     def settings(self) -> str:
         """The section of the user's config that has its steps, batch and rate."""
 
+    @property
+    def section(self) -> str:
+        """The section of the config that describes the network, its channels among them."""
+
     def build(self) -> nn.Module:
         """The network, freshly initialised."""
 
     def begin(self, network: Any, cases: Sequence[Case]) -> None:
         """Give it its first weights, where they are not random."""
 
-    def loss(self, network: nn.Module, shown: Shown) -> Tensor:
-        """(b,), of a batch on the network's device."""
+    def loss(self, network: nn.Module, shown: Shown, share: float) -> Tensor:
+        """(b,), of a batch on the network's device, when this ``share`` of the steps is done."""
 
     def validate(self, network: Any, crops: Sequence[Crop]) -> dict[str, float]:
         """What is written to metrics.jsonl about the averaged network."""
 
     def draw(self, network: Any, crops: Sequence[Crop], path: Path) -> None:
         """A picture for people."""
+
+    def measures(self, network: Any, crops: Sequence[Crop]) -> dict[str, Any]:
+        """What else the card says of held-out crops."""
+
+    def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> Prior:
+        """The prior with this network."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,7 @@ class Diffusion:
     autoencoder: Autoencoder | None = None
     folder: str = ""
     settings: str = "training"
+    section: str = "network"
 
     def build(self) -> ResidualUNet:
         """As ``Stage``."""
@@ -90,70 +102,80 @@ class Diffusion:
         """The weights of ``training.start``; raises as ``begin``."""
         if self.config.training.start:
             try:
-                adopt(network, Prior.load(self.config.training.start).network)
+                adopt(network, DiffusionPrior.load(self.config.training.start).network)
             except ValueError as error:
                 raise MedfusionError(
                     f"training.start: {error}",
                     fix="take channels and blocks from its card, or leave training.start out",
                 ) from error
 
-    def loss(self, network: nn.Module, shown: Shown) -> Tensor:
+    def loss(self, network: nn.Module, shown: Shown, share: float) -> Tensor:
         """As ``Stage``."""
         if self.autoencoder is not None:
             context, labels = on_latents(shown.crop.context, shown.crop.labels, self.autoencoder.factor)
             assert context is not None
             prior = self.prior(network)  # crop by crop: the encoder needs more memory than what it is for
-            image = torch.cat([prior.encode(one[None]) for one in shown.crop.image])
+            image = torch.cat([prior.latents(one[None]) for one in shown.crop.image])
             shown = shown._replace(crop=Crop(image, context, labels, shown.crop.class_index))
         return batch_loss(network, self.config, shown)
 
     def validate(self, network: ResidualUNet, crops: Sequence[Crop]) -> dict[str, float]:
         """Loss at each of some times."""
-        return validation_loss(lambda shown: self.loss(network, shown), self.config, crops, self.prior(network).device)
+        return validation_loss(
+            lambda shown: self.loss(network, shown, 1.0), self.config, crops, self.prior(network).device
+        )
 
     def draw(self, network: ResidualUNet, crops: Sequence[Crop], path: Path) -> None:
         """Clean, noisy, denoised slices and samples."""
         picture(self.prior(network), crops, path)
 
-    def decibels(self, network: ResidualUNet, crops: Sequence[Crop]) -> dict[str, Any]:
-        """What the card says of held-out crops: denoised, or for latents rebuilt by the autoencoder."""
+    def measures(self, network: ResidualUNet, crops: Sequence[Crop]) -> dict[str, Any]:
+        """Decibels of held-out crops: denoised, or for latents rebuilt by the autoencoder."""
         if self.autoencoder is not None:
             return {"reconstruction_psnr": reconstruction_psnr(self.autoencoder, crops)}
         return {"denoising_psnr": denoising_psnr(self.prior(network), crops)}
 
-    def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> Prior:
-        """The prior with this network."""
-        return Prior(self.config, network, provenance or {}, self.autoencoder)
+    def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> DiffusionPrior:
+        """As ``Stage``."""
+        return DiffusionPrior(self.config, network, provenance or {}, self.autoencoder)
 
 
 @dataclass(frozen=True)
 class Autoencoding:
-    """The autoencoder of a latent prior; made by ``autoencoding``, which gives it settings of its own."""
+    """An autoencoder: a family of its own, or that of a latent prior as ``autoencoding`` makes it."""
 
     config: Config
-    folder: str = "autoencoder"
-    settings: str = "autoencoder"
+    folder: str = ""
+    settings: str = "training"
+    section: str = "autoencoder"
 
     def build(self) -> Autoencoder:
         """As ``Stage``."""
-        network = build_autoencoder(self.config)
-        assert network is not None
-        return network
+        return build_autoencoder(self.config)
 
     def begin(self, network: Autoencoder, cases: Sequence[Case]) -> None:
         """Nothing: the weights are random."""
 
-    def loss(self, network: nn.Module, shown: Shown) -> Tensor:
+    def loss(self, network: nn.Module, shown: Shown, share: float) -> Tensor:
         """As ``Stage``."""
-        return autoencoder_loss(network, self.config, shown)
+        return autoencoder_loss(network, self.config, shown, share)
 
     def validate(self, network: Autoencoder, crops: Sequence[Crop]) -> dict[str, float]:
-        """PSNR of what it rebuilds."""
-        return {"reconstruction_psnr": reconstruction_psnr(network, crops)}
+        """The bound and its parts, and PSNR of what it rebuilds."""
+        bound = validation_bound(lambda shown: rebuilt(network, self.config, shown), self.config, crops, network)
+        return bound | {"reconstruction_psnr": reconstruction_psnr(network, crops)}
 
     def draw(self, network: Autoencoder, crops: Sequence[Crop], path: Path) -> None:
         """Clean and rebuilt slices."""
         reconstruction_picture(network, crops, path)
+
+    def measures(self, network: Autoencoder, crops: Sequence[Crop]) -> dict[str, Any]:
+        """Nothing: ``validate`` has all."""
+        return {}
+
+    def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> AutoencoderPrior:
+        """As ``Stage``."""
+        return AutoencoderPrior(self.config, network, provenance or {})
 
     @torch.no_grad()
     def scaled(self, network: Autoencoder, samples: Samples) -> Autoencoder:
@@ -171,7 +193,13 @@ def autoencoding(config: Config) -> Autoencoding:
     settings = {"steps": own.steps, "batch": own.batch, "learning_rate": own.learning_rate}
     fixed = {"optimizer": "adamw", "start": "", "recompute": False, "accumulate": 1}
     fixed |= {"objective": "simple", "times": TimesConfig()}
-    return Autoencoding(config.model_copy(update={"training": config.training.model_copy(update=settings | fixed)}))
+    training = config.training.model_copy(update=settings | fixed)
+    return Autoencoding(config.model_copy(update={"training": training}), "autoencoder", "autoencoder")
+
+
+def only_stage(config: Config) -> Stage:
+    """That of a family without a first one."""
+    return {"diffusion": Diffusion, "autoencoder": Autoencoding}[config.family](config)
 
 
 def with_settings(stage: Stage, section: str, **changes: object) -> Stage:

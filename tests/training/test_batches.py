@@ -87,8 +87,8 @@ def test_noise_is_standard_normal_and_independent_of_the_crop(cases: list[Case])
     config = tiny_config(training={"batch": 20})
     samples = Samples(cases, config)
     batch = next(iter(loader(samples, Order(config, 0, 0, 1), 0)))
-    noise = batch.shown(torch.device("cpu"), config.diffused).noise
-    again = batch._replace(seed=batch.seed.flip(0)).shown(torch.device("cpu"), config.diffused).noise
+    noise = batch.shown(torch.device("cpu"), config.noise_shape).noise
+    again = batch._replace(seed=batch.seed.flip(0)).shown(torch.device("cpu"), config.noise_shape).noise
     torch.testing.assert_close(again, noise.flip(0), rtol=0, atol=0)  # each crop's own, wherever it stands in a batch
     assert float(noise.mean()) == pytest.approx(0, abs=0.02)
     assert float(noise.std()) == pytest.approx(1, abs=0.02)

@@ -11,7 +11,7 @@ from prior_factory import conditional_prior, random_prior, tiny_config, white_pr
 from toy_runs import toy_cases
 
 from medfusion.data.crops import Crop, validation_crops
-from medfusion.prior import Prior
+from medfusion.prior import DiffusionPrior
 from medfusion.training import train
 from medfusion.training.card import model_card
 from medfusion.training.evaluate import VALIDATION_TIMES, denoising_psnr, picture
@@ -99,7 +99,7 @@ def test_the_card_says_what_was_measured(tmp_path: Path) -> None:
     assert card.rstrip().endswith("Phantoms only.")
     held_out = validation_crops([c for c in toy_cases() if c.name not in _trained(config)], config.data, 0)
     assert about["denoising_psnr"] == denoising_psnr(prior, held_out)
-    assert model_card(Prior(config, prior.network, about)) == card
+    assert model_card(DiffusionPrior(config, prior.network, about)) == card
 
 
 def _trained(config) -> set[str]:

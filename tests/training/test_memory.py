@@ -34,7 +34,7 @@ def step(edge):
     optimizers = build_optimizers(network, config.training)
     image = torch.randn(1, 1, edge, edge, edge)
     crop = Crop(image, torch.zeros(1, 4, 2, 2, 2), None, torch.tensor([-1]))
-    Diffusion(config).loss(network, Shown(crop, image, torch.tensor([0.5]))).mean().backward()
+    Diffusion(config).loss(network, Shown(crop, image, torch.tensor([0.5])), 0.0).mean().backward()
     for optimizer in optimizers:
         optimizer.step()
     return config

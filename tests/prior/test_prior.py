@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from medfusion.diffusion import classifier_free
 from medfusion.errors import MedfusionError
-from medfusion.prior import Prior, build_network, prior_path, read_metadata, shipped
+from medfusion.prior import DiffusionPrior, Prior, build_network, prior_path, read_metadata, shipped
 
 TIME = torch.tensor([0.3], dtype=torch.float64)
 
@@ -107,7 +107,7 @@ def test_a_truncated_prior_is_refused(tmp_path: Path, keep: int) -> None:
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "mixed.safetensors"
     other = build_network(tiny_config(network={"channels": (4, 8)}))
-    Prior(tiny_config(), other, PROVENANCE).save(path)
+    DiffusionPrior(tiny_config(), other, PROVENANCE).save(path)
     with pytest.raises(MedfusionError, match="the weights do not fit the config beside them"):
         Prior.load(path)
 
