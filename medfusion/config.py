@@ -310,10 +310,12 @@ def read_yaml(path: Path) -> dict[str, Any]:
         tree: Any = yaml.safe_load(path.read_text())
     except OSError as error:
         raise MedfusionError(
-            f"{path}: cannot be read ({error.strerror})", fix="name a YAML file, see configs/"
+            f"{path}: cannot be read ({error.strerror})", fix="name a YAML file, see configs/ and docs/"
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise MedfusionError(f"{path}: not valid YAML", problem=str(error).replace("\n", " ")) from error
     if not isinstance(tree, dict):
-        raise MedfusionError(f"{path}: a config is a mapping of fields, see configs/")
+        raise MedfusionError(
+            f"{path}: is no mapping of fields", fix="lines of the form name: value, see configs/ and docs/"
+        )
     return tree

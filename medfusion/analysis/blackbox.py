@@ -22,7 +22,7 @@ from filelock import FileLock
 from medfusion.analysis.split import PARTS
 from medfusion.analysis.tables import check_columns, read_cases
 from medfusion.errors import MedfusionError, some
-from medfusion.metrics.intervals import bootstrap
+from medfusion.metrics.intervals import bootstrap, wilson
 
 SPLIT, LOG = "split.csv", "log.jsonl"
 COLUMNS = ["patient", "person", "part", "stratum"]
@@ -47,13 +47,13 @@ def read_split(folder: Path) -> pd.DataFrame:
     MedfusionError : there is none, or it is not what the last `errors split` or `errors refill` wrote.
     """
     try:
-        text = (folder / SPLIT).read_text()
+        content = (folder / SPLIT).read_bytes()
     except OSError as error:
         raise MedfusionError(f"{folder}: no split is there", fix="medfusion errors split") from error
     stated = [entry["sha256"] for entry in read_log(folder) if "sha256" in entry]
-    if [digest(text)] != stated[-1:]:
+    if [hashlib.sha256(content).hexdigest()] != stated[-1:]:
         raise MedfusionError(
-            f"{folder / SPLIT}: was changed by hand, so nobody can say who has seen what",
+            f"{folder / SPLIT} or {LOG} beside it: was changed by hand, so nobody can say who has seen what",
             fix="restore it, or split new cases into another folder",
         )
     split = read_cases(folder / SPLIT)
@@ -61,10 +61,9 @@ def read_split(folder: Path) -> pd.DataFrame:
     return split
 
 
-def sealed_cases(folder: Path) -> pd.Index:
-    """The cases that nobody looks at; raises as ``read_split``."""
-    split = read_split(folder)
-    return split.index[split["part"] == PARTS[1]]
+def eyeball_cases(split: pd.DataFrame) -> pd.Index:
+    """The cases that may be looked at."""
+    return split.index[split["part"] == PARTS[0]]
 
 
 def refuse_blackbox(split: pd.DataFrame, cases: Iterable[str]) -> None:
@@ -87,7 +86,7 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / LOG
     before, entries = "", []
-    for number, line in enumerate(path.read_text().splitlines() if path.exists() else [], start=1):
+    for number, line in enumerate(path.read_bytes().splitlines() if path.exists() else [], start=1):
         try:
             entry = json.loads(line)
             seal = entry.pop("seal")
@@ -101,13 +100,21 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 
 def append_to_log(folder: Path, kind: str, **entry: Any) -> int:
-    """Write a line, with the time, and return how many of its kind there are now; safe for several at once."""
-    with FileLock(folder / f"{LOG}.lock"):
-        earlier = read_log(folder)
-        entry["kind"], entry["date"] = kind, datetime.now().astimezone().isoformat(timespec="seconds")
-        seal = digest((earlier[-1]["seal"] if earlier else "") + json.dumps(entry, sort_keys=True))
-        with (folder / LOG).open("a") as file:
-            file.write(json.dumps(entry | {"seal": seal}) + "\n")
+    """Write a line, with the time, and return how many of its kind there are now; safe for several at once.
+
+    Raises
+    ------
+    MedfusionError : it cannot be written, or was tampered with.
+    """
+    try:
+        with FileLock(folder / f"{LOG}.lock"):
+            earlier = read_log(folder)
+            entry["kind"], entry["date"] = kind, datetime.now().astimezone().isoformat(timespec="seconds")
+            seal = digest((earlier[-1]["seal"] if earlier else "") + json.dumps(entry, sort_keys=True))
+            with (folder / LOG).open("a") as file:
+                file.write(json.dumps(entry | {"seal": seal}) + "\n")
+    except OSError as error:
+        raise MedfusionError(f"{folder / LOG}: cannot be written ({error.strerror})", fix="make it writable") from error
     return 1 + sum(other["kind"] == kind for other in earlier)
 
 
@@ -117,7 +124,7 @@ def ask(folder: Path, judged: pd.DataFrame, model: str, definition: str) -> dict
     Parameters
     ----------
     judged : as ``judge`` returns it, of all blackbox cases; others are passed over.
-    model : name or version of what is scored.
+    model : name or version of what is scored, not "".
     definition : the hash of that by which it was judged.
 
     Returns
@@ -129,18 +136,20 @@ def ask(folder: Path, judged: pd.DataFrame, model: str, definition: str) -> dict
     ------
     MedfusionError : a blackbox case is missing, or the log was tampered with.
     """
+    if not model.strip():
+        raise MedfusionError("the log needs a name of the model", fix="--model NAME")
     split = read_split(folder)
     sealed = split.index[split["part"] == PARTS[1]]
     missing = sealed.difference(judged.index)
     if len(missing):
         raise MedfusionError("blackbox cases without a score", cases=some(missing))
     of = judged.loc[sealed]
-    error = of["error"].to_numpy(float)
+    error, patients = of["error"].to_numpy(float), split.loc[sealed, "patient"].to_numpy()
     low, high = bootstrap(
-        lambda sums: sums[:, 0] / sums[:, 1],
-        np.stack([error, np.ones_like(error)], axis=1),
-        split.loc[sealed, "patient"].to_numpy(),
+        lambda sums: sums[:, 0] / sums[:, 1], np.stack([error, np.ones_like(error)], axis=1), patients
     )
+    if low == high:  # all patients are alike, and draws of them say nothing
+        low, high = map(float, wilson(error.mean() * len(np.unique(patients)), len(np.unique(patients))))
     answer = {
         "model": model,
         "definition": definition,
@@ -166,7 +175,7 @@ def refilled(split: pd.DataFrame, persons: int, seed: int = 0) -> pd.DataFrame:
     there = np.unique(split.loc[sealed, "person"])
     if not 1 <= persons < len(there):
         raise MedfusionError(
-            f"{persons} persons cannot be moved: the blackbox set has {len(there)}, and some must stay",
+            f"{persons} patients cannot be moved: from 1 to {len(there) - 1} can, as the blackbox set has {len(there)}",
             fix="new patients, split into another folder, refill both sets",
         )
     moved = np.random.default_rng(seed).choice(there, persons, replace=False)

@@ -17,13 +17,14 @@ from typing import Annotated, Literal
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
-from pydantic import Field, model_validator
+from pydantic import Field, FiniteFloat, NonNegativeFloat, model_validator
 
-from medfusion.analysis.tables import check_columns, numbers
+from medfusion.analysis.tables import RENAME, check_columns, numbers
 from medfusion.config import Strict, read_yaml, validated
 from medfusion.errors import MedfusionError, some
 
 SMALLEST = 1e-6  # probability that the loss of a classification is taken of, so that it stays finite
+JUDGED = ("error", "loss", "severity")  # columns that ``judge`` adds
 ROUNDING = 1e-3  # by which the probabilities of a case may miss 1
 
 
@@ -35,9 +36,9 @@ class ValueRule(Strict):
 
     kind: Literal["value"]
     column: str
-    below: float | None = None
-    above: float | None = None
-    best: float | None = None
+    below: FiniteFloat | None = None
+    above: FiniteFloat | None = None
+    best: FiniteFloat | None = None
 
     @model_validator(mode="after")
     def _one_side_is_wrong(self) -> ValueRule:
@@ -122,18 +123,18 @@ class DetectionRule(Strict):
 
     kind: Literal["detection"]
     missed: str  # column: lesions not found
-    false: str  # column: findings that are no lesion
-    allowed_false: int = Field(0, ge=0)
+    extra: str  # column: findings that are no lesion; not called "false", which YAML reads as a truth value
+    allowed_extra: int = Field(0, ge=0)
 
     @property
     def columns(self) -> tuple[str, ...]:
         """Columns that are read."""
-        return (self.missed, self.false)
+        return (self.missed, self.extra)
 
     def judge(self, table: pd.DataFrame) -> tuple[NDArray[np.bool_], NDArray[np.float64]]:
         """Whether each case is an error, and its loss."""
-        missed, false = (numbers(table, column) for column in self.columns)
-        return (missed > 0) | (false > self.allowed_false), missed + false
+        missed, extra = (numbers(table, column) for column in self.columns)
+        return (missed > 0) | (extra > self.allowed_extra), missed + extra
 
 
 class Columns(Strict):
@@ -150,7 +151,15 @@ class Definition(Strict):
     case: str = Field(min_length=1)  # what one row is, in words
     columns: Columns = Columns()
     error: Annotated[ValueRule | ClassificationRule | DetectionRule, Field(discriminator="kind")]
-    severity: dict[str, float] = Field(default_factory=dict)  # name: the loss from which an error is called so
+    severity: dict[str, NonNegativeFloat] = Field(
+        default_factory=dict
+    )  # name: the loss from which an error is called so
+    scores: tuple[str, ...] = ()  # columns with other results of the system, which are no properties of a case
+
+    @property
+    def results(self) -> tuple[str, ...]:
+        """Columns that say what the system made of a case, and nothing of the case."""
+        return (*self.error.columns, *self.scores)
 
     @property
     def hash(self) -> str:
@@ -174,9 +183,13 @@ def judge(table: pd.DataFrame, definition: Definition) -> pd.DataFrame:
 
     Raises
     ------
-    MedfusionError : a column is missing or holds what cannot be judged; all such cases are named.
+    MedfusionError : a column is missing or holds what cannot be judged, all such cases are named; or one is called as
+        those that are added.
     """
     check_columns(table, definition.error.columns)
+    taken = [name for name in JUDGED if name in table]
+    if taken:
+        raise MedfusionError("columns have the names of those that a judgement adds", columns=some(taken), fix=RENAME)
     wrong, loss = definition.error.judge(table)
     severity = np.full(len(table), "", object)
     for name, least in sorted(definition.severity.items(), key=lambda item: item[1]):

@@ -18,6 +18,7 @@ from medfusion.analysis.sizes import LEVELS
 from medfusion.errors import MedfusionError, some
 from medfusion.metrics.intervals import resampled, wilson
 
+SMALLEST_COST = 1e-9
 FEW = 5  # cases of a tag; of fewer its share is hardly known
 NO_TAG = "(no tag)"
 
@@ -59,9 +60,12 @@ def error_table(
 
     Raises
     ------
-    MedfusionError : a tagged case is not in ``judged``; no error was looked at; a cost is not above 0 or of no tag.
+    MedfusionError : a tagged case is not in ``judged``; no error was looked at; a cost is not above 0 or of no tag; the
+        error rate is none.
     """
     costs = dict(costs or {})
+    if error_rate is not None and not 0 < error_rate <= 1:
+        raise MedfusionError(f"error rate {error_rate:g}: not above 0 and at most 1")
     _check(judged, tags, costs)
     looked = judged.index.isin(tags.index)
     error, loss = judged["error"].to_numpy(bool), judged["loss"].to_numpy(float)
@@ -131,7 +135,9 @@ def _check(judged: pd.DataFrame, tags: pd.DataFrame, costs: dict[str, float]) ->
         raise MedfusionError("cases are tagged that are not in the table of cases", cases=some(unknown))
     if not judged.loc[tags.index, "error"].any():
         raise MedfusionError("none of the errors has been looked at", errors=int(judged["error"].sum()))
-    wrong = {name: cost for name, cost in costs.items() if name not in tags.columns or not 0 < cost < np.inf}
+    wrong = {
+        name: cost for name, cost in costs.items() if name not in tags.columns or not SMALLEST_COST < cost < np.inf
+    }
     if wrong:
         raise MedfusionError(
             "costs that cannot be used", costs=some(f"{k}={v:g}" for k, v in wrong.items()), tags=some(tags.columns)

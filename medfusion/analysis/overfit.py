@@ -10,6 +10,7 @@ Every case is compared with itself; patients are independent, their scans are no
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,7 +24,8 @@ from medfusion.metrics.intervals import resampled
 ALPHA, POWER = 0.05, 0.8
 TOLERANCE = 0.02  # error rate: a smaller gap does not matter
 FEWEST = 10  # patients in a part
-DRAWS = 4000
+DRAWS, MOST_DRAWS = 4000, 200_000
+BELOW = 50  # draws below a limit
 
 Verdict = Literal["overfit", "no sign", "cannot tell"]
 
@@ -83,23 +85,23 @@ def overfit(
 
     Notes
     -----
-    The limits are percentiles of a bootstrap over the patients of each part, with 50 draws or more below each.
+    The limits are percentiles of a bootstrap over the patients of each part, with 50 draws or more below each; from
+    look 14 on those of a normal distribution with the spread of the draws.
     """
-    if look < 1 or not 0 < alpha < 1 or tolerance <= 0:
-        raise MedfusionError(
-            "overfit: out of range",
-            look=f"{look}, from 1",
-            alpha=f"{alpha}, in (0, 1)",
-            tolerance=f"{tolerance}, above 0",
-        )
+    if look < 1 or not tolerance > 0:
+        raise MedfusionError("overfit: out of range", look=f"{look}, from 1", tolerance=f"{tolerance:g}, above 0")
     level = level_of_look(look, alpha)
-    draws = max(DRAWS, int(50 / level))
+    draws = min(max(DRAWS, int(BELOW / level)), MOST_DRAWS)
     eye, eye_draws = _change(*eyeball, "eyeball", draws, seed=0)
     black, black_draws = _change(*blackbox, "blackbox", draws, seed=1)
     gap = (black.now - black.before) - (eye.now - eye.before)
     drawn = black_draws - eye_draws
+    # where no patient changed, draws do not vary; that one in each part might have is the least that is allowed for
+    spread = max(float(drawn.std()), math.hypot(1 / eye.patients, 1 / black.patients))
     low, high = np.quantile(drawn, (level, 1 - level))
-    detectable = float(stats.norm.ppf([1 - level, POWER]).sum() * drawn.std())
+    if draws * level < BELOW:  # late looks would need millions of draws
+        low, high = gap + stats.norm.ppf([level, 1 - level]) * spread
+    detectable = float(stats.norm.ppf([1 - level, POWER]).sum() * spread)
     verdict: Verdict = "overfit" if low > 0 else "no sign" if detectable <= tolerance else "cannot tell"
     return Overfit(
         eyeball=eye,

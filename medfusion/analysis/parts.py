@@ -39,30 +39,35 @@ class Parts:
 
 
 def parts_from_table(
-    table: pd.DataFrame, definition: Definition, components: Sequence[str] = (), without: Iterable[str] = ()
+    table: pd.DataFrame, definition: Definition, components: Sequence[str] = (), only: Iterable[str] | None = None
 ) -> Parts:
     """What is known of each case and subset, from rows of text: the columns of the definition, and ``fixed``.
 
     Parameters
     ----------
-    table : ``fixed`` names the components that are oracles, as in "segment+classify", "" for none.
+    table : ``fixed`` names the components that are oracles, as in "segment+classify", "" or "none" for none. Its
+        columns of cases and patients are called as the definition says, or "case" and "patient".
     components : in the order in which they work; (): in that in which the table first names each alone.
-    without : cases that are left out, as they are sealed.
+    only : cases that are taken, as the others are sealed; None: all.
 
     Raises
     ------
     MedfusionError : a column is missing, a component unknown, or a case lacks a subset or has one twice.
     """
-    case, patient = definition.columns.case, definition.columns.patient
+    columns = definition.columns
+    case, patient = (columns.case, columns.patient) if columns.case in table else ("case", "patient")
     check_columns(table, {case, patient, "fixed", *definition.error.columns})
-    table = table[~table[case].str.strip().isin(list(without))]
-    fixed = table["fixed"].str.strip()
+    table = table if only is None else table[table[case].str.strip().isin(list(only))]
+    if table.empty:
+        raise MedfusionError("the table has no rows of cases that may be looked at")
+    fixed = table["fixed"].str.strip().replace({"none": ""})
     alone = [name for name in dict.fromkeys(fixed) if name and SEPARATOR not in name]
     names = tuple(components or alone)
     if not 1 <= len(names) <= MOST:
         raise MedfusionError(f"{len(names)} components; 1 to {MOST} can be judged", components=some(names))
     number = {subset: _number(subset, names) for subset in fixed.unique()}
-    judged = judge(table.set_axis(table[case].str.strip(), axis=0), definition)
+    named = table.set_axis(table[case].str.strip() + " fixed " + fixed.where(fixed != "", "none"), axis=0)
+    judged = judge(named, definition).set_axis(table[case].str.strip(), axis=0)
     owner = pd.Series(table[patient].str.strip().to_numpy(), judged.index)
     owners = owner.groupby(level=0).agg(["first", "nunique"])
     if (owners["nunique"] > 1).any() or (owner == "").any():
@@ -96,7 +101,11 @@ def _number(subset: str, names: Sequence[str]) -> int:
     stated = [name.strip() for name in subset.split(SEPARATOR)] if subset else []
     unknown = [name for name in stated if name not in names]
     if unknown or len(set(stated)) < len(stated):
-        raise MedfusionError(f"fixed: {subset!r} is not a subset of the components", components=some(names))
+        raise MedfusionError(
+            f"fixed: {subset!r} is not a subset of the components",
+            components=some(names),
+            fix="all components are named, in the order in which they work, and nothing else",
+        )
     return sum(1 << names.index(name) for name in stated)
 
 

@@ -17,6 +17,7 @@ from medfusion.errors import MedfusionError
 
 LEVELS = {10: "rough", 50: "good", 100: "very good"}  # errors seen, and what that makes of the analysis
 CERTAINTY = 0.9  # with which the errors are seen
+RAREST, MOST = 1e-6, 10**9  # error rate, and number of anything: no study goes beyond
 POWER, ALPHA = 0.8, 0.05  # of the two-sided comparison of two versions
 
 
@@ -155,16 +156,16 @@ def _check(
 ) -> None:
     """Raise a MedfusionError that names all numbers that are out of their range."""
     ranges = {
-        "error_rate": (0 < rate < 1, rate, "between 0 and 1"),
-        "errors": (errors >= 1, errors, "1 or more"),
+        "error_rate": (RAREST <= rate < 1, rate, f"from {RAREST:g} to below 1"),
+        "errors": (1 <= errors <= MOST, errors, f"1 to {MOST:,}"),
         "certainty": (0 < certainty < 1, certainty, "between 0 and 1"),
-        "scans": (scans >= 1, scans, "1 or more for each patient"),
+        "scans": (1 <= scans <= MOST, scans, f"1 to {MOST:,} for each patient"),
         "icc": (0 <= icc <= 1, icc, "from 0 to 1"),
-        "cases": (available is None or available >= 1, available, "1 or more"),
+        "available": (available is None or 1 <= available <= MOST, available, f"1 to {MOST:,}"),
         "difference": (
-            difference is None or 0 < difference <= rate,
+            difference is None or RAREST <= difference <= rate,
             difference,
-            "above 0 and at most the error rate, that cannot fall by more",
+            f"from {RAREST:g} to the error rate, that cannot fall by more",
         ),
         "discordant": (
             discordant is None or (difference is not None and difference <= discordant <= 1),

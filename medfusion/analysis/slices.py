@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scipy import stats
 from sklearn.tree import DecisionTreeRegressor
 
+from medfusion.analysis.definition import JUDGED
 from medfusion.analysis.tables import check_columns
 from medfusion.errors import MedfusionError
 from medfusion.metrics.intervals import resampled, wilson
@@ -22,6 +23,7 @@ from medfusion.metrics.intervals import resampled, wilson
 DEPTH = 3
 SUPPORT = 0.05  # share of the cases that a slice has at least, and
 FEWEST = 10  # of them, in the half that the tree is fitted on
+MISSING = ("", "na", "n/a", "nan", "none", "null", "-", "?")  # cells of a column of numbers
 CATEGORIES = 20  # a column of text with more different values is a name, not a property
 ALPHA = 0.05
 
@@ -44,6 +46,16 @@ class Slices:
     fitted: int
     kept_back: int
 
+    @property
+    def cautions(self) -> tuple[str, ...]:
+        """What looks like a result of the system, and no property of a case."""
+        told = self.table[(self.table["rate"] == 1) & (self.table["rest"] == 0) & self.table["confirmed"]]
+        return tuple(
+            f"{name}: tells all errors from all that is right; if it is a result of the system, list its column under "
+            "`scores` in the definition"
+            for name in told["slice"]
+        )
+
 
 def find_slices(judged: pd.DataFrame, columns: Sequence[str] = (), *, depth: int = DEPTH, seed: int = 0) -> Slices:
     """Fit and confirm.
@@ -59,15 +71,20 @@ def find_slices(judged: pd.DataFrame, columns: Sequence[str] = (), *, depth: int
     ------
     MedfusionError : a column is missing, none can be used, or there are too few cases for two halves.
     """
-    check_columns(judged, columns)
-    known = [name for name in judged.columns if name not in {"patient", "error", "loss", "severity"}]
+    check_columns(judged.drop(columns=list(JUDGED), errors="ignore"), columns)
+    if judged["error"].all() or not judged["error"].any():
+        raise MedfusionError(f"all {len(judged)} cases are {'errors' if judged['error'].any() else 'right'}: no slices")
+    known = [name for name in judged.columns if name not in {"patient", *JUDGED}]
     features, left_out = _features(judged, list(columns) or known)
     if not features:
         raise MedfusionError("no column tells the cases apart", columns=", ".join(known) or "none")
     half = _half(judged["patient"].to_numpy(np.str_), seed)
     fewest = max(FEWEST, int(SUPPORT * half.sum()))
     if min(half.sum(), (~half).sum()) < 2 * fewest:
-        raise MedfusionError(f"{len(judged)} cases are too few for slices", enough=f"about {4 * fewest}")
+        raise MedfusionError(
+            f"{len(judged)} cases of {judged['patient'].nunique()} patients are too few for slices",
+            enough=f"about {4 * fewest} cases, and as many of them in either half of the patients",
+        )
     x, names = np.column_stack([f.values for f in features]), [f.name for f in features]
     error = judged["error"].to_numpy(bool)
     tree = DecisionTreeRegressor(max_depth=depth, min_samples_leaf=fewest, random_state=seed).fit(x[half], error[half])
@@ -107,9 +124,9 @@ def _features(judged: pd.DataFrame, columns: Sequence[str]) -> tuple[list[_Featu
     features, left_out = [], []
     for name in columns:
         text = judged[name].astype(str).str.strip()
-        value = pd.to_numeric(text.where(text != ""), errors="coerce")
+        empty = text.str.casefold().isin(MISSING)
+        value = pd.to_numeric(text.where(~empty), errors="coerce")
         value = value.where(np.isfinite(value))
-        empty = text == ""
         different = text.nunique()
         if different > 1 and (value.notna() | empty).all():
             features.append(_Feature(name, value.fillna(value.median()).to_numpy(np.float64), None))
@@ -169,7 +186,7 @@ def _measured(error: NDArray[np.bool_], inside: NDArray[np.bool_], patients: NDA
     table = np.stack([error & inside, inside, error & ~inside, ~inside], axis=1)
     spread = np.nanstd(resampled(difference, table, patients))
     gap = errors / cases - rest
-    p = stats.norm.sf(gap / spread) if spread > 0 else float(gap <= 0)
+    p = stats.norm.sf(gap / spread) if spread > 0 else _exact(error, inside, patients)
     return {
         "cases": cases,
         "patients": len(np.unique(patients[inside])),
@@ -181,6 +198,13 @@ def _measured(error: NDArray[np.bool_], inside: NDArray[np.bool_], patients: NDA
         "rest": rest,
         "p": float(p),
     }
+
+
+def _exact(error: NDArray[np.bool_], inside: NDArray[np.bool_], patients: NDArray[np.str_]) -> float:
+    """Fisher's exact p where a slice has all errors, or none: draws of such patients do not vary."""
+    who = pd.DataFrame({"error": error, "inside": inside}).groupby(patients).max()
+    counts = pd.crosstab(who["inside"], who["error"]).reindex(index=[True, False], columns=[True, False], fill_value=0)
+    return float(stats.fisher_exact(counts.to_numpy(), "greater").pvalue)
 
 
 def holm(p: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -93,7 +93,7 @@ def _away(cases: pd.DataFrame, person: NDArray[np.int64], taken: Mapping[str, se
         raise MedfusionError(
             f"{(times > 1).sum()} person(s) are in two of the sets {', '.join(taken)}",
             cases=some(names[times[person] > 1]),
-            fix="what was tuned on one would be measured on it",
+            fix="take them out of one of the lists: what was tuned on one would be measured on it",
         )
     return times[person] > 0
 

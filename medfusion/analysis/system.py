@@ -42,6 +42,9 @@ def component(*, oracle: Callable[..., Any]) -> Callable[[Function], Function]:
     The parameters of both are ``case`` and names of components above: the best threshold depends on the scores.
     """
 
+    if not callable(oracle):
+        raise TypeError(f"an oracle is a function, not {oracle!r}")
+
     def mark(function: Function) -> Function:
         function.oracle = oracle  # type: ignore[attr-defined]
         return function
@@ -80,7 +83,7 @@ def load_system(path: Path) -> System:
     sys.path.insert(0, str(path.resolve().parent))
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise MedfusionError(f"{path}: cannot be executed", reason=f"{type(error).__name__}: {error}") from error
     functions = {name: value for name, value in vars(module).items() if callable(value)}
     components = {name: function for name, function in functions.items() if hasattr(function, "oracle")}
@@ -135,8 +138,14 @@ def run_case(system: System, case: Any) -> Iterator[dict[str, Any]]:
     """
     made: dict[tuple[str, int], Any] = {}
     for subset in range(2 ** len(system.names)):
-        scored = dict(_call(system, "score", system.score, system.needs["score"], case, subset, made))
-        yield {"case": case.name, "patient": case.patient, "fixed": subset_name(subset, system.names)} | scored
+        known = {"case": str(case.name), "patient": case.patient, "fixed": subset_name(subset, system.names)}
+        scored = _call(system, "score", system.score, system.needs["score"], case, subset, made)
+        if not isinstance(scored, Mapping) or not scored or known.keys() & scored.keys():
+            raise MedfusionError(
+                f"{case.name}: score() has to return a dictionary, column: value, without {some(known)}",
+                returned=repr(scored)[:200],
+            )
+        yield {**known, **scored}
 
 
 def _output(system: System, name: str, case: Any, subset: int, made: dict[tuple[str, int], Any]) -> Any:
@@ -177,7 +186,7 @@ def _call(
         taken["case"] = case
     try:
         return function(**taken)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise MedfusionError(
             f"{case.name}: {name} failed",
             reason=f"{type(error).__name__}: {error}",

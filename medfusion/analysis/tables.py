@@ -11,6 +11,11 @@ from numpy.typing import NDArray
 
 from medfusion.errors import MedfusionError, some
 
+RENAME = "rename them in the CSV file"
+OTHER_SEPARATORS = (";", "\t")
+FORM = "cells separated by commas, numbers with a point, UTF-8: of Excel, 'CSV UTF-8 (comma delimited)'"
+LARGEST = 1e100  # of a number: sums and squares stay finite
+
 
 def read_table(path: Path) -> pd.DataFrame:
     """A CSV file, every cell as text, "" where it is empty.
@@ -25,8 +30,10 @@ def read_table(path: Path) -> pd.DataFrame:
     except OSError as error:
         raise MedfusionError(f"{path}: cannot be read ({error.strerror})", fix="name a CSV file") from error
     except (ValueError, UnicodeDecodeError) as error:  # pandas' own errors are ValueErrors
-        raise MedfusionError(f"{path}: not a CSV file", problem=str(error).strip()) from error
+        raise MedfusionError(f"{path}: not a CSV file", problem=str(error).strip(), fix=FORM) from error
     names = [str(name).strip() for name in table.iloc[0]]
+    if len(names) == 1 and any(mark in names[0] for mark in OTHER_SEPARATORS):
+        raise MedfusionError(f"{path}: its cells are not separated by commas", first_line=names[0], fix=FORM)
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise MedfusionError(f"{path}: columns of the same name", columns=some(twice))
@@ -54,9 +61,15 @@ def read_cases(path: Path, case: str = "case", patient: str = "patient") -> pd.D
 def by_case(table: pd.DataFrame, case: str = "case", patient: str = "patient") -> pd.DataFrame:
     """What ``read_cases`` returns, of a table that is read already."""
     check_columns(table, {case, patient})
+    hidden = [name for name, renamed in (("case", case), ("patient", patient)) if renamed != name and name in table]
+    if hidden:
+        raise MedfusionError("columns have names that the tables here use for others", columns=some(hidden), fix=RENAME)
     if table.empty:
         raise MedfusionError("the table has no rows")
     names = table[case].str.strip()
+    odd = names[~names.map(str.isprintable)]
+    if len(odd):
+        raise MedfusionError("names of cases have characters that cannot be printed", cases=some(map(repr, odd)))
     twice = names[names.duplicated() & (names != "")].unique()
     if (names == "").any() or len(twice):
         raise MedfusionError(
@@ -90,10 +103,10 @@ def numbers(table: pd.DataFrame, column: str) -> NDArray[np.float64]:
     MedfusionError : a cell is empty, or no number; the cases are named.
     """
     values = pd.to_numeric(table[column], errors="coerce").to_numpy(np.float64)
-    bad = ~np.isfinite(values)
+    bad = ~(np.abs(values) < LARGEST)
     if bad.any():
         raise MedfusionError(
-            f"column {column}: not a number in {bad.sum()} of {len(table)} cases",
+            f"column {column}: not a number, or none that can be reckoned with, in {bad.sum()} of {len(table)} cases",
             cases=some(f"{name} ({cell!r})" for name, cell in table.loc[bad, column].items()),
             fix="a case on which the system failed gets the worst value that there is",
         )

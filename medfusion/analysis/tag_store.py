@@ -14,6 +14,7 @@ import pandas as pd
 from medfusion.analysis.tags import WRONG_LABEL
 from medfusion.errors import MedfusionError
 
+APPLICATION = 0x6D656474  # "medt": by which a file of tags is known among SQLite databases
 LONGEST = 200  # characters of a tag or a name; comments ten times that
 TABLES = """
 CREATE TABLE IF NOT EXISTS tag (name TEXT PRIMARY KEY, made TEXT NOT NULL);
@@ -36,16 +37,36 @@ class TagStore:
 
         Raises
         ------
-        MedfusionError : the file is no SQLite database, or cannot be written.
+        MedfusionError : the file is another SQLite database, or none, or cannot be written; a tag cannot be one.
         """
         self.path = path
         try:
+            if path.exists():
+                self._require_ours()
             with self._open() as connection:
+                connection.execute(f"PRAGMA application_id = {APPLICATION}")
                 connection.executescript(TABLES)
+            for tag in (WRONG_LABEL, *tags):
+                self.add_tag(tag)
         except sqlite3.Error as error:
-            raise MedfusionError(f"{path}: not a file of tags", reason=error) from error
-        for tag in (WRONG_LABEL, *tags):
-            self.add_tag(tag)
+            raise MedfusionError(
+                f"{path}: cannot be used as a file of tags",
+                reason=error,
+                fix="a file in a folder that is there and can be written; it is made if it is not there",
+            ) from error
+        except ValueError as error:
+            raise MedfusionError(f"a tag cannot be used: {error}") from error
+
+    def _require_ours(self) -> None:
+        """Raise a MedfusionError, before anything is changed, if the database belongs to another program."""
+        connection = sqlite3.connect(f"{self.path.absolute().as_uri()}?mode=ro", uri=True)
+        try:
+            (application,) = connection.execute("PRAGMA application_id").fetchone()
+            (tables,) = connection.execute("SELECT COUNT(*) FROM sqlite_master").fetchone()
+        finally:
+            connection.close()
+        if tables and application != APPLICATION:
+            raise MedfusionError(f"{self.path}: a database of another program", fix="name a file of its own")
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -103,8 +124,7 @@ class TagStore:
         ------
         ValueError : it is too long, or there is no name of a reviewer.
         """
-        if len(text) > 10 * LONGEST:
-            raise ValueError(f"a comment has {10 * LONGEST} characters at most")
+        _check(reviewer, WRONG_LABEL, text)
         reviewer = _text(reviewer, "reviewer")
         with self._open() as connection:
             _see(connection, case, reviewer)
@@ -112,16 +132,14 @@ class TagStore:
             connection.execute("UPDATE seen SET comment = ? WHERE case_name = ? AND reviewer = ?", where)
 
     def state(self, reviewer: str) -> dict[str, Any]:
-        """What one reviewer did: ``seen`` (case: time), ``given`` (case: tags), ``comments``; and all ``tags`` (name:
-        time).
-        """
+        """What one reviewer did: ``seen`` (case: time), ``given`` (case: tags), ``comments``; ``tags`` (name, time)."""
         with self._open() as connection:
             seen = connection.execute("SELECT case_name, seen_at, comment FROM seen WHERE reviewer = ?", (reviewer,))
             rows = seen.fetchall()
             given: dict[str, list[str]] = {}
             for case, tag in connection.execute("SELECT case_name, tag FROM given WHERE reviewer = ?", (reviewer,)):
                 given.setdefault(case, []).append(tag)
-            tags = dict(connection.execute("SELECT name, made FROM tag ORDER BY rowid").fetchall())
+            tags = connection.execute("SELECT name, made FROM tag ORDER BY rowid").fetchall()
         comments = {case: comment for case, _, comment in rows if comment}
         return {"seen": {case: time for case, time, _ in rows}, "given": given, "comments": comments, "tags": tags}
 
@@ -139,8 +157,13 @@ class TagStore:
 
         Raises
         ------
-        ValueError : a tag is too long, or a row has no reviewer.
+        ValueError : a tag is too long, or a row has no reviewer; then nothing was added.
         """
+        for case, reviewer, tag, comment in tags[["case", "reviewer", "tag", "comment"]].itertuples(index=False):
+            try:
+                _check(reviewer, tag or WRONG_LABEL, comment)
+            except ValueError as error:
+                raise ValueError(f"case {case}: {error}") from error
         for case, reviewer, tag, comment in tags[["case", "reviewer", "tag", "comment"]].itertuples(index=False):
             self.see(case, reviewer)
             if tag:
@@ -158,10 +181,17 @@ def _see(connection: sqlite3.Connection, case: str, reviewer: str) -> None:
     )
 
 
+def _check(reviewer: str, tag: str, comment: str) -> None:
+    _text(reviewer, "reviewer")
+    _text(tag, "tag")
+    if len(comment) > 10 * LONGEST:
+        raise ValueError(f"a comment has {10 * LONGEST} characters at most")
+
+
 def _text(name: str, what: str) -> str:
     name = name.strip()
-    if not 0 < len(name) <= LONGEST:
-        raise ValueError(f"a {what} needs a name of 1 to {LONGEST} characters")
+    if not 0 < len(name) <= LONGEST or not name.isprintable():
+        raise ValueError(f"a {what} needs a name of 1 to {LONGEST} characters that can be printed")
     return name
 
 

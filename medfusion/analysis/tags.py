@@ -5,6 +5,7 @@ A row for each tag of a case; a case that was looked at and has no tag has one r
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,12 @@ from medfusion.errors import MedfusionError, some
 from medfusion.metrics.intervals import bootstrap
 
 WRONG_LABEL = "label is wrong"  # always among the tags: the case is no error of the system
+COLUMNS = ["case", "reviewer", "tag", "comment", "definition"]
 VERDICTS = {"true": "", "false": "false finding", "missed": "missed lesion"}  # of the review page, as tags
 
 
 def read_tags(path: Path) -> pd.DataFrame:
-    """The columns case, reviewer, tag and comment of a CSV file, or of all in a folder.
+    """The columns case, reviewer, tag, comment and definition of a CSV file, or of all in a folder; "" where one lacks.
 
     Tables of the review page of `medfusion detect` are read too: a verdict "false" is the tag "false finding", "missed"
     is "missed lesion", "unsure" is "unsure"; a case whose findings are all true has no tag.
@@ -44,9 +46,9 @@ def _read_file(path: Path) -> pd.DataFrame:
     except MedfusionError as error:
         first = "the first line is: case,reviewer,tag,comment"
         raise MedfusionError(f"{path}: {error.what}", fix=first, **error.facts) from error
-    for column in ("reviewer", "comment"):
+    for column in COLUMNS:
         table[column] = table.get(column, "")
-    table = table[["case", "reviewer", "tag", "comment"]].apply(lambda column: column.str.strip())
+    table = table[COLUMNS].apply(lambda column: column.str.strip())
     if (table["case"] == "").any():
         raise MedfusionError(f"{path}: rows without a case", rows=some(table.index[table["case"] == ""] + 2))
     return table
@@ -84,8 +86,21 @@ def _kappa(counts: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.divide(observed - chance, 1 - chance, out=np.full_like(chance, np.nan), where=chance < 1)
 
 
-def agreement(tags: pd.DataFrame, patients: pd.Series | None = None) -> pd.DataFrame:
-    """How two reviewers agree, a row for each tag that one of them gave: cases, both, first, second, kappa, low, high.
+@dataclass(frozen=True, eq=False)
+class Agreement:
+    """Of two ``reviewers`` on the ``cases`` that both looked at.
+
+    ``table`` has a row for each tag that one of them gave: to how many cases both, the first, the second gave it; kappa
+    and its 95 % interval low and high.
+    """
+
+    reviewers: tuple[str, str]
+    cases: int
+    table: pd.DataFrame
+
+
+def agreement(tags: pd.DataFrame, patients: pd.Series | None = None) -> Agreement:
+    """Compare two reviewers.
 
     Parameters
     ----------
@@ -99,7 +114,11 @@ def agreement(tags: pd.DataFrame, patients: pd.Series | None = None) -> pd.DataF
     """
     names = sorted(tags["reviewer"].unique())
     if len(names) != 2:
-        raise MedfusionError(f"agreement is of two reviewers, and there are {len(names)}", reviewers=some(names))
+        raise MedfusionError(
+            f"agreement is of two reviewers, and there are {len(names)}",
+            reviewers=some(name or "(no name)" for name in names),
+            fix="a file with the rows of two of them",
+        )
     one, two = (tag_matrix(tags[tags["reviewer"] == name]) for name in names)
     shared = one.index.intersection(two.index)
     if shared.empty:
@@ -114,9 +133,10 @@ def agreement(tags: pd.DataFrame, patients: pd.Series | None = None) -> pd.DataF
         low, high = bootstrap(_kappa, four, who)
         both, first_only, second_only, _ = four.sum(axis=0)
         kappa = cohen_kappa(first, second)
-        rows[tag] = (len(shared), both, both + first_only, both + second_only, kappa, low, high)
-    columns = ["cases", "both", names[0] or "first", names[1] or "second", "kappa", "low", "high"]
-    return pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("tag")
+        rows[tag] = (both, both + first_only, both + second_only, kappa, low, high)
+    columns = ["both", "first", "second", "kappa", "low", "high"]
+    table = pd.DataFrame.from_dict(rows, orient="index", columns=columns).rename_axis("tag")
+    return Agreement((names[0], names[1]), len(shared), table)
 
 
 def _column(matrix: pd.DataFrame, tag: str, cases: pd.Index) -> NDArray[np.bool_]:

@@ -14,6 +14,7 @@ from medfusion.data.noise import estimate_noise
 from medfusion.io import Series, read_volumes
 
 SCANNER = {"manufacturer": "Manufacturer", "model": "ManufacturerModelName", "field_tesla": "MagneticFieldStrength"}
+PROPERTIES = ("modality", *SCANNER, "pixel_mm", "slice_mm", "noise", "blur_mm")
 TREND = 10.0  # mm, sd of the Gaussian mean that `blur` takes away: the image is anatomy, its detail tells the blur
 SHORTEST = 4  # voxels along an axis, for the noise
 

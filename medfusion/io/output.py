@@ -14,6 +14,7 @@ from pathlib import Path
 from medfusion.errors import MedfusionError
 
 FILES = {".nii", ".gz", ".safetensors", ".csv", ".json", ".html"}  # suffixes that no folder is replaced under
+ANOTHER = "choose another name"
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -27,7 +28,8 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
 
     Raises
     ------
-    MedfusionError : ``path`` exists and ``overwrite`` is False; its folder cannot be written; the disk is full.
+    MedfusionError : ``path`` exists and ``overwrite`` is False; it is a folder, which no file replaces; its folder
+        cannot be written; the disk is full.
     """
     if os.path.lexists(path) and not overwrite:
         raise MedfusionError(
@@ -35,10 +37,10 @@ def staged(path: Path, overwrite: bool = False) -> Iterator[Path]:
             path=path,
             fix="--overwrite replaces it, --resume keeps what is whole and does the rest",
         )
-    _probe(path.parent)
+    require_writable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.is_dir() and path.suffix in FILES:
-        raise MedfusionError(f"{path.name}: a folder is in the way of the file", path=path, fix="choose another name")
+        raise MedfusionError(f"{path.name}: a folder is in the way of the file", path=path, fix=ANOTHER)
     beside = path.with_name(f".partial-{secrets.token_hex(4)}-{path.name}")
     try:
         with disk_full_told(path, beside):
@@ -93,10 +95,10 @@ def check_output(out: Path, inputs: Path) -> None:
             input=inputs_real,
             fix="choose an empty or new folder, for example a sub-folder beside the input",
         )
-    _probe(out_real.parent if out.name.endswith((".nii", ".nii.gz", ".safetensors")) else out_real)
+    require_writable(out_real.parent if out.name.endswith((".nii", ".nii.gz", ".safetensors")) else out_real)
 
 
-def _probe(folder: Path) -> None:
+def require_writable(folder: Path) -> None:
     """Raise unless ``folder``, or the nearest folder above it that exists, takes a new file."""
     nearest = next(p for p in (folder, *folder.absolute().parents) if os.path.lexists(p))
     if not nearest.is_dir():
@@ -117,6 +119,8 @@ def _probe(folder: Path) -> None:
 
 def _rename(source: Path, target: Path) -> None:
     """Rename over ``target``; a folder in its place is set aside first and put back if the rename fails."""
+    if source.is_file() and target.is_dir() and not target.is_symlink():
+        raise MedfusionError(f"{target.name}: a folder is in the way of the file", path=target, fix=ANOTHER)
     if not target.is_dir() and not source.is_dir():
         os.replace(source, target)
         return

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
     from medfusion.analysis.error_table import ErrorTable
     from medfusion.analysis.parts import Attribution
     from medfusion.analysis.slices import Slices
+    from medfusion.analysis.tags import Agreement
 
+FEW = 10  # patients
 LISTED = 20  # cases that are named
 
 
@@ -80,11 +82,17 @@ def part_lines(found: Attribution) -> list[str]:
     """What the table does not say: totals, order of work, what nothing mends, what harms."""
     number = plain if found.measure == "loss" else percent
     what = "Mean loss" if found.measure == "loss" else "Error rate"
+    worth, left = [], found.none
+    for name, then in found.order:
+        worth += [f"{name} (to {number(then)})"] * (then < left)
+        left = then
     lines = [
         f"{what} {number(found.none)}, and {number(found.all)} when all components are perfect; {found.cases} cases of "
         f"{found.patients} patients",
-        "Work on " + ", then ".join(f"{name} (to {number(left)})" for name, left in found.order),
+        f"Work on {', then '.join(worth)}" if worth else "No component is worth working on",
     ]
+    if found.patients < FEW:
+        lines.append(f"Caution: of {found.patients} patients, and intervals say little of fewer than {FEW}")
     if found.residual:
         names = ", ".join(found.residual[:LISTED]) + (" and more" if len(found.residual) > LISTED else "")
         share = percent(*found.unmended)
@@ -115,7 +123,7 @@ def error_sections(
     judged: pd.DataFrame,
     *,
     tags: ErrorTable | None = None,
-    agreement: pd.DataFrame | None = None,
+    agreement: Agreement | None = None,
     parts: Attribution | None = None,
     slices: Slices | None = None,
     remarks: Sequence[str] = (),
@@ -171,7 +179,7 @@ def _definition_section(definition: Definition, judged: pd.DataFrame, remarks: S
     return Section("What an error is", [KeyValues(facts), *remarks, listed, Details("The definition", text)])
 
 
-def _tag_section(tags: ErrorTable, agreement: pd.DataFrame | None) -> Section:
+def _tag_section(tags: ErrorTable, agreement: Agreement | None) -> Section:
     columns, rows = tag_rows(tags)
     rate = percent(tags.error_rate)
     text = (
@@ -181,8 +189,8 @@ def _tag_section(tags: ErrorTable, agreement: pd.DataFrame | None) -> Section:
     bars = _bars(tags.tags["ceiling"], tags.tags["ceiling_low"], tags.tags["ceiling_high"], "gain at most, error rate")
     blocks: list[Block] = [text, *tags.warnings, bars, _table("tag", columns, rows)]
     if agreement is not None:
-        kappas = {str(tag): (plain(row["kappa"], row["low"], row["high"]),) for tag, row in agreement.iterrows()}
-        blocks.append(_table("tag", ["kappa of the two reviewers"], kappas))
+        kappas = {str(tag): (plain(row["kappa"], row["low"], row["high"]),) for tag, row in agreement.table.iterrows()}
+        blocks.append(_table("tag", [f"kappa of the two reviewers, {agreement.cases} cases"], kappas))
     return Section("Kinds of errors", blocks)
 
 

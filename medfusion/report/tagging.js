@@ -104,7 +104,7 @@
     if (current === null) return;
     element("case").textContent = `Case ${current + 1} of ${study.cases.length}: ${name}`;
     const given = study.given[name] ?? [];
-    element("tags").replaceChildren(...Object.keys(study.tags).map((tag, place) => {
+    element("tags").replaceChildren(...study.tags.map(([tag], place) => {
       const button = document.createElement("button");
       button.type = "button";
       button.setAttribute("aria-pressed", given.includes(tag));
@@ -116,7 +116,7 @@
     }));
     element("comment").value = study.comments[name] ?? "";
     element("cases").replaceChildren(...study.cases.map((each, number) => caseButton(each, number)));
-    const newest = Object.values(study.tags).sort().at(-1);
+    const newest = study.tags.map(([, made]) => made).sort().at(-1);
     const again = study.cases.filter((each) => study.seen[each] && study.seen[each] < newest);
     element("revisit").hidden = !again.length;
     element("revisit").querySelector("ul").replaceChildren(
@@ -197,7 +197,7 @@
     if (event.key === "Escape") return document.activeElement.blur();
     const typing = event.target.matches("input[type=text], textarea, select");
     if (event.ctrlKey || event.metaKey || event.altKey || typing || current === null) return;
-    const tag = /^[1-9]$/.test(event.key) ? Object.keys(study.tags)[Number(event.key) - 1] : undefined;
+    const tag = /^[1-9]$/.test(event.key) ? study.tags[Number(event.key) - 1]?.[0] : undefined;
     const action = tag !== undefined ? () => inTurn(() => toggle(tag)) : KEYS[event.key];
     if (!action) return;
     event.preventDefault();

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import pandas as pd
 
+from medfusion.errors import MedfusionError
 from medfusion.report.page import template_environment
 
 HOST = "127.0.0.1"
@@ -124,7 +125,9 @@ class _Handler(BaseHTTPRequestHandler):
             kind, content = places[place](rest)
         except _Refused as error:
             self._send(error.status, "text/plain; charset=utf-8", f"{error}\n".encode())
-        except ValueError as error:
+        except MedfusionError as error:  # a scan that cannot be read
+            self._send(HTTPStatus.UNPROCESSABLE_ENTITY, "text/plain; charset=utf-8", f"{error}\n".encode())
+        except (ValueError, RecursionError) as error:
             self._send(HTTPStatus.BAD_REQUEST, "text/plain; charset=utf-8", f"{error}\n".encode())
         else:
             self._send(HTTPStatus.OK, kind, content)
@@ -186,22 +189,22 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _see(self, rest: list[str]) -> tuple[str, bytes]:
         body = self._body()
-        self.server.study.store.see(self._case(body["case"]), str(body["reviewer"]))
+        self.server.study.store.see(self._case(body["case"]), body.text("reviewer"))
         return _json({})
 
     def _give(self, rest: list[str]) -> tuple[str, bytes]:
         body = self._body()
         case = self._case(body["case"])
-        self.server.study.store.give(case, str(body["reviewer"]), str(body["tag"]), on=bool(body["on"]))
+        self.server.study.store.give(case, body.text("reviewer"), body.text("tag"), on=body["on"] is True)
         return _json({})
 
     def _comment(self, rest: list[str]) -> tuple[str, bytes]:
         body = self._body()
-        self.server.study.store.comment(self._case(body["case"]), str(body["reviewer"]), str(body["text"]))
+        self.server.study.store.comment(self._case(body["case"]), body.text("reviewer"), body.text("text"))
         return _json({})
 
     def _new(self, rest: list[str]) -> tuple[str, bytes]:
-        self.server.study.store.add_tag(str(self._body()["tag"]))
+        self.server.study.store.add_tag(self._body().text("tag"))
         return _json({})
 
     def _case(self, number: object) -> str:
@@ -210,7 +213,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refused(HTTPStatus.NOT_FOUND, "no such case")
         return cases[int(str(number))]
 
-    def _body(self) -> dict[str, Any]:
+    def _body(self) -> _Body:
         """The JSON object of a request. Another type of content could be sent by any page without asking."""
         if self.headers.get("Content-Type") != "application/json":
             raise _Refused(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "JSON is expected")
@@ -243,6 +246,12 @@ class _Body(dict[str, Any]):
 
     def __missing__(self, name: str) -> Any:
         raise ValueError(f"{name} is missing")
+
+    def text(self, name: str) -> str:
+        """A field that is text."""
+        if not isinstance(self[name], str):
+            raise ValueError(f"{name} is no text")
+        return str(self[name])
 
 
 def _json(value: Any) -> tuple[str, bytes]:

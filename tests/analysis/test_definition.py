@@ -72,8 +72,8 @@ def test_several_classes(tmp_path: Path) -> None:
 
 
 def test_lesions(tmp_path: Path) -> None:
-    rule = {"kind": "detection", "missed": "missed", "false": "false", "allowed_false": 1}
-    table = cases(tmp_path, "case,patient,missed,false", "a,1,0,1", "b,1,1,0", "c,2,0,2")
+    rule = {"kind": "detection", "missed": "missed", "extra": "extra", "allowed_extra": 1}
+    table = cases(tmp_path, "case,patient,missed,extra", "a,1,0,1", "b,1,1,0", "c,2,0,2")
     judged = judge(table, definition(error=rule))
     assert judged["error"].tolist() == [False, True, True]
     assert judged["loss"].tolist() == [1, 1, 2]

@@ -56,7 +56,11 @@ def test_verdicts() -> None:
     assert (same.gap, same.verdict) == (0, "cannot tell")
     assert same.detectable > 0.1
     assert overfit((before, mended, patients), (before, mended, patients), tolerance=0.3).verdict == "no sign"
-    assert overfit((before, before, patients), (before, before, patients)).verdict == "no sign"
+    unchanged = overfit((before, before, patients), (before, before, patients))
+    assert unchanged.verdict == "cannot tell"  # one more patient in either part would be a point
+    assert 0.03 < unchanged.detectable < 0.05
+    large, many = np.tile(before, 10), np.arange(1000)
+    assert overfit((large, large, many), (large, large, many)).verdict == "no sign"
 
 
 def test_what_is_refused() -> None:

@@ -84,7 +84,7 @@ def test_alike_in_groups_of_unequal_size() -> None:
 def test_numbers_out_of_range_are_all_named() -> None:
     with pytest.raises(MedfusionError, match="cannot be planned") as error:
         plan_sizes(1.2, 0, difference=0.3, discordant=0.1, certainty=1, scans=0.5, icc=2, available=0)
-    assert set(error.value.facts) == {"error_rate", "errors", "certainty", "scans", "icc", "cases", "discordant"}
+    assert set(error.value.facts) == {"error_rate", "errors", "certainty", "scans", "icc", "available", "discordant"}
     with pytest.raises(MedfusionError) as error:
         plan_sizes(0.1, 10, difference=0.2)
     assert set(error.value.facts) == {"difference"}

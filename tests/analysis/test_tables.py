@@ -54,6 +54,6 @@ def test_a_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_numbers_that_are_none_are_named(tmp_path: Path) -> None:
     table = read_cases(written(tmp_path, "case,patient,x\na,1,1\nb,2,inf\nc,3,\nd,4,x\n"))
-    with pytest.raises(MedfusionError, match="not a number in 3 of 4") as error:
+    with pytest.raises(MedfusionError, match="with, in 3 of 4") as error:
         numbers(table, "x")
     assert error.value.facts["cases"] == "b ('inf'), c (''), d ('x')"

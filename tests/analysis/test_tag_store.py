@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -28,10 +29,10 @@ def test_tags_are_given_taken_away_and_exported(tmp_path: Path) -> None:
     assert store.tags() == [WRONG_LABEL, "noisy", "motion"]
     store.export().to_csv(tmp_path / "tags.csv", index=False)
     assert read_tags(tmp_path / "tags.csv").to_numpy().tolist() == [
-        ["a", "ann", "", ""],
-        ["b", "ann", WRONG_LABEL, '"odd", <b>'],
-        ["b", "ann", "noisy", '"odd", <b>'],
-        ["b", "bob", "", ""],
+        ["a", "ann", "", "", ""],
+        ["b", "ann", WRONG_LABEL, '"odd", <b>', ""],
+        ["b", "ann", "noisy", '"odd", <b>', ""],
+        ["b", "bob", "", "", ""],
     ]
     again = TagStore(tmp_path / "tags.sqlite")
     assert again.state("ann")["given"] == {"b": [WRONG_LABEL, "noisy"]}
@@ -44,7 +45,7 @@ def test_cases_that_were_seen_before_a_tag_are_known(tmp_path: Path) -> None:
     store.add_tag("motion")
     store.see("b", "ann")
     state = store.state("ann")
-    assert [case for case, time in state["seen"].items() if time < state["tags"]["motion"]] == ["a"]
+    assert [case for case, time in state["seen"].items() if time < dict(state["tags"])["motion"]] == ["a"]
 
 
 def test_import_adds(tmp_path: Path) -> None:
@@ -105,5 +106,29 @@ def test_what_is_refused(tmp_path: Path) -> None:
         store.comment("a", "ann", "x" * 2001)
     assert store.export().empty
     (tmp_path / "other.sqlite").write_text("case,tag\n" * 100)
-    with pytest.raises(MedfusionError, match="not a file of tags"):
+    with pytest.raises(MedfusionError, match="cannot be used as a file of tags"):
         TagStore(tmp_path / "other.sqlite")
+    with pytest.raises(MedfusionError, match="cannot be used as a file of tags"):
+        TagStore(tmp_path / "nowhere" / "tags.sqlite")
+    with pytest.raises(MedfusionError, match="a tag cannot be used"):
+        TagStore(tmp_path / "new.sqlite", ["x" * 201])
+
+
+def test_the_database_of_another_program_is_left_as_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "patients.sqlite"
+    with sqlite3.connect(path) as connection:
+        connection.execute("CREATE TABLE tag (id INTEGER)")
+    connection.close()
+    before = path.read_bytes()
+    with pytest.raises(MedfusionError, match="of another program"):
+        TagStore(path)
+    assert path.read_bytes() == before
+
+
+def test_tags_are_taken_in_all_or_none(tmp_path: Path) -> None:
+    store = TagStore(tmp_path / "tags.sqlite")
+    rows = [("a", "ann", "noisy", ""), ("b", "", "noisy", "")]
+    with pytest.raises(ValueError, match="case b: a reviewer needs a name"):
+        store.take_in(pd.DataFrame(rows, columns=["case", "reviewer", "tag", "comment"]))
+    assert store.export().empty
+    assert store.tags() == [WRONG_LABEL]

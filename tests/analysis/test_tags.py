@@ -83,10 +83,15 @@ def test_agreement_is_of_the_cases_that_both_saw() -> None:
             given = seen if rng.random() < 0.85 else not seen
             rows.append((f"case{number:02d}", reviewer, "noisy" if given else "", ""))
     tags = pd.DataFrame(rows, columns=["case", "reviewer", "tag", "comment"])
-    found = agreement(tags).loc["noisy"]
+    both = agreement(tags)
+    found = both.table.loc["noisy"]
     wide = tags[tags["case"] < "case50"].pivot(index="case", columns="reviewer", values="tag") == "noisy"
-    assert found["cases"] == 50
-    assert (found["ann"], found["bob"], found["both"]) == (wide["ann"].sum(), wide["bob"].sum(), wide.all(axis=1).sum())
+    assert (both.cases, both.reviewers) == (50, ("ann", "bob"))
+    assert (found["first"], found["second"], found["both"]) == (
+        wide["ann"].sum(),
+        wide["bob"].sum(),
+        wide.all(axis=1).sum(),
+    )
     assert found["kappa"] == pytest.approx(cohen_kappa_score(wide["ann"], wide["bob"]))
     assert 0 < found["low"] < found["kappa"] < found["high"] < 1
 

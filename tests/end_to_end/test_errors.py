@@ -44,7 +44,11 @@ def test_sizes() -> None:
     text = errors("sizes", "--error-rate", 0.05, "--errors", 100, "--difference", 0.02, "--available", 500)
     assert "2254 cases" in text
     assert "too few for both sets" in text
-    assert_refused(medfusion("errors", "sizes", "--error-rate", 5, "--errors", 100), "error rate", "between 0 and 1")
+    assert_refused(
+        medfusion("errors", "sizes", "--error-rate", 5, "--errors", 100),
+        "error rate",
+        "should be from 1e-06 to below 1",
+    )
 
 
 def test_sizes_of_cases(folder: Path) -> None:
@@ -175,15 +179,15 @@ def test_report(folder: Path) -> None:
     page = (out / "report.html").read_text()
     assert "first" in page
     assert "&lt;b&gt;odd" in page
-    assert not [name for name in sealed if name in page or name in (out / "cases.csv").read_text()]
-    assert "site is " in (out / "slices.csv").read_text()
-    definitions = {line.rsplit(",", 1)[1] for line in (out / "tags.csv").read_text().splitlines()[1:]}
+    assert not [name for name in sealed if name in page or name in (out / "tables" / "cases.csv").read_text()]
+    assert "site is " in (out / "tables" / "slices.csv").read_text()
+    definitions = {line.rsplit(",", 1)[1] for line in (out / "tables" / "tags.csv").read_text().splitlines()[1:]}
     assert len(definitions) == 1
     assert definitions.pop() in page
-    assert "holds a report already" in medfusion("errors", *arguments).stderr
+    assert "report.html: is there already" in medfusion("errors", *arguments).stderr
     written = json.loads(errors(*arguments, "--overwrite", "--json"))
     assert written["report"] == str(out / "report.html")
-    assert sorted(written["tables"]) == sorted(path.name for path in out.glob("*.csv"))
+    assert sorted(written["tables"]) == sorted(str(path) for path in out.glob("tables/*.csv"))
     with (folder / "tags.csv").open("a") as file:
         file.write(f"{min(sealed)},ann,peeked\n")
     done = medfusion("errors", "table", folder / "cases.csv", folder / "tags.csv", *define, "--split", folder / "split")
@@ -255,7 +259,7 @@ def test_a_scan_under_two_names_stays_in_one_part(tmp_path: Path) -> None:
     assert "The same scan, kept in one part: s0 = s11" in text
     (tmp_path / "cases.csv").write_text("case,patient\ns0,p\nt0,q\n")
     done = medfusion("errors", *arguments[:2], tmp_path / "other", *arguments[3:], "--eyeball", 1, "--images", scans)
-    assert_refused(done, "cases without a file in", "t0")
+    assert_refused(done, "1 of 2 cases have no file in", "t0")
 
 
 def test_the_eyeball_cases_are_served_and_the_blackbox_stays_sealed(tmp_path: Path) -> None:
@@ -302,12 +306,18 @@ def test_the_eyeball_cases_are_served_and_the_blackbox_stays_sealed(tmp_path: Pa
     wrong = {f"s{number}" for number in range(0, 12, 2)} & eyeball
     assert wrong < set(study["cases"])
     assert len(study["cases"]) == len(wrong) + 1
-    assert list(study["tags"]) == ["label is wrong", "noisy", "motion"]
+    assert [name for name, _ in study["tags"]] == ["label is wrong", "noisy", "motion"]
     assert study["comments"] == {"s0": "blurred"}
     assert names == ["scan", "truth"]
-    (tmp_path / "truths" / "s0.nii.gz").unlink()
+    sealed = next(name for name in sorted({f"s{number}" for number in range(12)} - eyeball))
+    (tmp_path / "tags.csv").write_text(f"case,reviewer,tag\n{sealed},ann,peeked\n")
+    done = medfusion(*command[3:])
+    assert done.returncode == 2
+    assert "in the blackbox set" in done.stderr
+    assert sealed in done.stderr
+    (tmp_path / "scans" / "s0.nii.gz").unlink()
     done = medfusion("errors", "tag", tmp_path / "cases.csv", *define, *options[:6])
-    assert_refused(done, "cases without a file in", "s0")
+    assert_refused(done, "have no file in", "s0")
 
 
 def test_what_is_measured_on_the_scans_tells_where_the_errors_are(tmp_path: Path) -> None:
@@ -340,9 +350,110 @@ def test_what_is_measured_on_the_scans_tells_where_the_errors_are(tmp_path: Path
     assert found["table"][0]["slice"].startswith("noise > ")
     assert found["table"][0]["confirmed"]
 
-    assert_refused(medfusion("errors", *arguments), "measured.csv: the output exists already")
+    assert_refused(medfusion("errors", *arguments), "measured.csv: is there already")
     assert json.loads(errors(*arguments, "--overwrite", "--json"))["columns"][-1] == "blur_mm"
     done = medfusion("errors", "measure", measured, tmp_path / "twice.csv", *arguments[3:])
     assert_refused(done, "has columns that would be measured", "noise")
     (tmp_path / "scans" / "s7.nii.gz").unlink()
-    assert_refused(medfusion("errors", *arguments, "--overwrite"), "cases without a file in", "s7")
+    assert_refused(medfusion("errors", *arguments, "--overwrite"), "1 of 80 cases have no file in", "s7")
+
+
+def test_what_is_there_stays_there(folder: Path) -> None:
+    """Outputs that would replace something else are refused before any work, whatever --overwrite says."""
+    define, cases = ["--define", folder / "error.yaml"], (folder / "cases.csv").read_text()
+    (folder / "tags.csv").write_text("case,reviewer,tag\nk000,ann,small\n")
+    errors("report", folder / "cases.csv", folder, *define, "--tags", folder / "tags.csv", "--overwrite")
+    assert (folder / "cases.csv").read_text() == cases
+    assert (folder / "tags.csv").read_text() == "case,reviewer,tag\nk000,ann,small\n"
+    scans = folder / "scans"
+    scans.mkdir()
+    (scans / "k000.nii.gz").write_text("")
+    done = medfusion("errors", "measure", folder / "cases.csv", scans, *define, "--images", scans, "--overwrite")
+    assert_refused(done, "have no file in")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((4, 4, 4), np.float32), np.eye(4)), scans / "k000.nii.gz")
+    (folder / "one.csv").write_text("\n".join(cases.splitlines()[:2]) + "\n")
+    done = medfusion("errors", "measure", folder / "one.csv", scans, *define, "--images", scans, "--overwrite")
+    assert_refused(done, "a folder is in the way")
+    assert (scans / "k000.nii.gz").exists()
+
+
+def test_a_table_of_another_system_is_not_resumed(folder: Path) -> None:
+    system, table = folder / "system.py", folder / "parts.csv"
+    system.write_text(SYSTEM.replace("LAST", "4"))
+    errors("run", system, table)
+    before = table.read_bytes()
+    system.write_text(SYSTEM.replace("LAST", "6").replace("mass", "tumour"))
+    assert_refused(medfusion("errors", "run", system, table, "--resume"), "made with other components")
+    assert table.read_bytes() == before
+    system.write_text(SYSTEM.replace("LAST", "6").replace('return {"truth"', 'return {"case"'))
+    assert_refused(medfusion("errors", "run", system, table, "--resume"), "score() has to return")
+    system.write_text("raise SystemExit(3)\n")
+    assert_refused(medfusion("errors", "run", system, folder / "new.csv"), "cannot be executed")
+    assert table.read_bytes() == before
+
+
+def test_renamed_columns_go_through_the_whole_chain(folder: Path) -> None:
+    (folder / "error.yaml").write_text(DEFINITION + "columns: {case: scan, patient: subject}\nscores: [other]\n")
+    lines = (folder / "cases.csv").read_text().splitlines()
+    scored = ["scan,subject,truth,p,site,age,other", *(f"{line},{line.split(',')[3]}" for line in lines[1:])]
+    (folder / "cases.csv").write_text("\n".join(scored) + "\n")
+    define = ["--define", folder / "error.yaml"]
+    assert "other" not in json.loads(errors("slices", folder / "cases.csv", *define, "--json"))["columns"]
+    (folder / "system.py").write_text(SYSTEM.replace("LAST", "40"))
+    errors("run", folder / "system.py", folder / "parts.csv")
+    assert "Work on" in errors("parts", folder / "parts.csv", *define)
+    (folder / "unscored.yaml").write_text(DEFINITION + "columns: {case: scan, patient: subject}\n")
+    text = errors("slices", folder / "cases.csv", "--define", folder / "unscored.yaml")
+    assert "list its column under `scores`" in text
+
+
+def test_a_split_of_other_cases_opens_nothing(folder: Path) -> None:
+    define, split = ["--define", folder / "error.yaml"], folder / "split"
+    errors("split", folder / "cases.csv", split, *define, "--eyeball", 150)
+    renamed = (folder / "cases.csv").read_text().replace("\nk", "\nK")
+    (folder / "renamed.csv").write_text(renamed)
+    done = medfusion("errors", "slices", folder / "renamed.csv", *define, "--split", split)
+    assert_refused(done, "none of the cases is in the eyeball set")
+    (folder / "more.csv").write_text((folder / "cases.csv").read_text() + "new,q,malignant,0.9,A,50\n")
+    done = medfusion("errors", "slices", folder / "more.csv", *define, "--split", split)
+    assert "1 cases are not in the split and are left out: new" in done.stderr
+    sealed = next(line for line in (split / "split.csv").read_text().splitlines() if ",blackbox," in line).split(",")[0]
+    (folder / "tags.csv").write_text(f"case,reviewer,tag\n{sealed},ann,x\n{sealed},bob,x\n")
+    done = medfusion("errors", "agree", folder / "cases.csv", folder / "tags.csv", *define, "--split", split)
+    assert_refused(done, "in the blackbox set", sealed)
+
+
+def test_what_cannot_be_answered_is_not_asked(folder: Path) -> None:
+    define, split, log = ["--define", folder / "error.yaml"], folder / "split", folder / "split" / "log.jsonl"
+    errors("split", folder / "cases.csv", split, *define, "--eyeball", 190)
+    before = log.read_text()
+    two = ["overfit", split, folder / "cases.csv", folder / "cases.csv", *define, "--model", "m"]
+    assert_refused(medfusion("errors", *two, "--tolerance", "nan"), "out of range")
+    assert_refused(medfusion("errors", *two), "blackbox set has")
+    assert_refused(
+        medfusion("errors", "ask", split, folder / "cases.csv", *define, "--model", " "), "a name of the model"
+    )
+    assert log.read_text() == before
+    (folder / "other.yaml").write_text(DEFINITION + "severity: {bad: 1}\n")
+    asked = ["ask", split, folder / "cases.csv", "--define", folder / "other.yaml", "--model", "m"]
+    assert "by another definition of an error" in errors(*asked)
+
+
+def test_bad_input_is_named(folder: Path) -> None:
+    define, cases = ["--define", folder / "error.yaml"], (folder / "cases.csv").read_text()
+    (folder / "tags.csv").write_text("case,reviewer,tag,comment,definition\nk000,ann,small,,0123\nk000,bob,,,\n")
+    table = ["table", folder / "cases.csv", folder / "tags.csv", *define]
+    assert_refused(medfusion("errors", *table, "--error-rate", 5), "error rate 5")
+    text = errors(*table)
+    assert "another definition of an error: 0123" in text
+    assert "2 reviewers" in text
+    for change, message in (
+        (lambda text: text.replace(",", ";"), "not separated by commas"),
+        (lambda text: text.replace("site", "loss"), "names of those that a judgement adds"),
+        (lambda text: text.replace("k003", '"k\r3"'), "cannot be printed"),
+    ):
+        (folder / "bad.csv").write_text(change(cases))
+        assert_refused(medfusion("errors", "slices", folder / "bad.csv", *define), "bad.csv", message)
+    (folder / "error.yaml").write_text("name: x\ncase: y\nerror: {kind: value, column: p, below: .nan}\n")
+    assert_refused(medfusion("errors", "slices", folder / "cases.csv", *define), "finite number")
+    assert_refused(medfusion("errors", "sizes", "--errors", 20, "--error-rate", 1e-300), "error rate", "1e-06")

@@ -75,6 +75,11 @@ def test_existing_output_is_refused_and_replaced_only_on_overwrite(tmp_path, old
         pytest.fail("the block must not run")
     assert "--overwrite" in str(error.value)
     assert "--resume" in str(error.value)
+    if (old, new) == ("folder", "file"):  # what is in it would be gone
+        with pytest.raises(MedfusionError, match="a folder is in the way"), staged(target, overwrite=True) as beside:
+            beside.write_text("new")
+        assert everything(target.parent) == {"x/1.txt": "old"}
+        return
     with staged(target, overwrite=True) as beside:
         beside.write_text("new") if new == "file" else write_folder(beside, "new")
     assert everything(target.parent) == ({"x": "new"} if new == "file" else {"x/1.txt": "new"})

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
 from textwrap import wrap
@@ -34,52 +35,107 @@ HEADER_LINES = 2
 T = TypeVar("T")
 
 
+@contextmanager
+def about(path: Path) -> Iterator[None]:
+    """Around the use of a table that is read already: what is wrong with it is said of its file."""
+    try:
+        yield
+    except MedfusionError as error:
+        raise MedfusionError(f"{path}: {error.what}", fix=error.fix, **error.facts) from error
+
+
 def judged_cases(cases: Path, define: Path) -> tuple[Definition, pd.DataFrame]:
     """A definition, and a table of cases judged by it."""
     from medfusion.analysis.definition import judge, read_definition
-    from medfusion.analysis.tables import read_cases
+    from medfusion.analysis.tables import check_columns, read_cases
 
     definition = read_definition(define)
     table = read_cases(cases, definition.columns.case, definition.columns.patient)
-    try:
+    with about(cases):
+        check_columns(table, definition.scores)
         return definition, judge(table, definition)
-    except MedfusionError as error:
-        raise MedfusionError(f"{cases}: {error.what}", fix=error.fix, **error.facts) from error
 
 
-def eyeball_cases(judged: pd.DataFrame, split: Path | None, looked_at: Iterable[str] = ()) -> pd.DataFrame:
-    """The cases that may be looked at; all where there is no split.
+def cases_to_see(judged: pd.DataFrame, split: Path | None) -> pd.DataFrame:
+    """The cases that may be looked at: those of the eyeball set, or all where there is no split.
 
     Raises
     ------
-    MedfusionError : one of the cases ``looked_at`` should not have been.
+    MedfusionError : none is in the eyeball set.
     """
     if split is None:
         return judged
-    from medfusion.analysis.blackbox import read_split, refuse_blackbox, sealed_cases
+    from medfusion.analysis.blackbox import eyeball_cases, read_split
 
-    refuse_blackbox(read_split(split), looked_at)
-    sealed = judged.index.isin(sealed_cases(split))
-    if sealed.any():
-        typer.echo(f"{sealed.sum()} blackbox cases stay sealed", err=True)
-    return judged[~sealed]
+    table = read_split(split)
+    seen = judged.index.isin(eyeball_cases(table))
+    sealed, unknown = (~seen & judged.index.isin(table.index)).sum(), ~judged.index.isin(table.index)
+    if not seen.any():
+        raise MedfusionError(
+            f"none of the cases is in the eyeball set of {split}", cases=some(judged.index), there=some(table.index)
+        )
+    if sealed:
+        typer.echo(f"{sealed} blackbox cases stay sealed", err=True)
+    if unknown.any():
+        typer.echo(
+            f"{unknown.sum()} cases are not in the split and are left out: {some(judged.index[unknown])}", err=True
+        )
+    return judged[seen]
 
 
-def scans_of(cases: Iterable[str], folder: Path) -> dict[str, Series]:
+def tags_given(tags: Path, split: Path | None, definition: Definition) -> tuple[pd.DataFrame, list[str]]:
+    """Tags as ``read_tags`` returns them, and what a reader of anything made of them should know.
+
+    Raises
+    ------
+    MedfusionError : one is of a case that nobody should have looked at.
+    """
+    from medfusion.analysis.blackbox import read_split, refuse_blackbox
+    from medfusion.analysis.tags import read_tags
+
+    given = read_tags(tags)
+    if split is not None:
+        refuse_blackbox(read_split(split), given["case"])
+    cautions = []
+    if (reviewers := given["reviewer"].nunique()) > 1:
+        cautions.append(f"{reviewers} reviewers: of a case that several looked at a tag counts that half of them gave")
+    if other := sorted({*given["definition"]} - {"", definition.hash}):
+        cautions.append(f"tags were given by another definition of an error: {some(other)}")
+    return given, cautions
+
+
+def scans_of(cases: Iterable[str], folder: Path, *, all_of_them: bool = True) -> dict[str, Series]:
     """The scan or label map of each case, by its name.
 
     Raises
     ------
-    MedfusionError : a case has none.
+    MedfusionError : a case has none, and ``all_of_them`` should.
     """
     from medfusion.io import discover
 
-    there = {one.name: one for one in discover(folder)}
-    cases = list(cases)
+    there, cases = {one.name: one for one in discover(folder)}, list(cases)
     missing = [case for case in cases if case not in there]
+    if missing and (all_of_them or len(missing) == len(cases)):
+        raise MedfusionError(
+            f"{len(missing)} of {len(cases)} cases have no file in {folder}",
+            cases=some(missing),
+            files=some(there),
+            fix="cases are called as files without .nii.gz, DICOM series as `medfusion inspect` says; leave others out",
+        )
     if missing:
-        raise MedfusionError(f"cases without a file in {folder}", cases=some(missing), files=some(there))
-    return {case: there[case] for case in cases}
+        typer.echo(f"{len(missing)} of {len(cases)} cases have no file in {folder}", err=True)
+    return {case: there[case] for case in cases if case in there}
+
+
+def refuse_existing(path: Path, overwrite: bool) -> None:
+    """Before the work: raise a MedfusionError if an output is there already and may not be replaced."""
+    from medfusion.io.output import require_writable
+
+    if path.exists() and not overwrite:
+        raise MedfusionError(f"{path}: is there already", fix="--overwrite replaces it; or choose another name")
+    if path.is_dir() and path.suffix:
+        raise MedfusionError(f"{path}: a folder is in the way of the file", fix="choose another name")
+    require_writable(path.parent)
 
 
 def tracked(steps: Iterable[T], title: str) -> Iterable[T]:

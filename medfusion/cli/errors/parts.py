@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from medfusion.cli.errors.options import AsJson, Define, Split, print_json, print_table, records, tracked
+from medfusion.cli.errors.options import AsJson, Define, Split, about, print_json, print_table, records, tracked
 from medfusion.errors import MedfusionError, some
 
 
@@ -22,12 +23,15 @@ def run_command(
     import csv
 
     from medfusion.analysis.system import list_cases, load_system, run_case
+    from medfusion.io.output import require_writable
 
     if output.exists() and not resume:
         raise MedfusionError(f"{output}: is there already", fix="--resume does the cases that it lacks")
+    require_writable(output.parent)
     loaded = load_system(system)
-    done, columns = _whole_cases(output, 2 ** len(loaded.names)) if output.exists() else (set(), None)
-    cases = [case for case in list_cases(loaded) if case.name not in done]
+    done, columns = _whole_cases(output, loaded.names) if output.exists() else (set(), None)
+    cases = [case for case in list_cases(loaded) if str(case.name) not in done]
+    output.parent.mkdir(parents=True, exist_ok=True)
     for case in tracked(cases, "Running"):
         rows = list(run_case(loaded, case))
         if columns is not None and list(rows[0]) != columns:
@@ -46,19 +50,35 @@ def run_command(
         typer.echo(f"{output}: {len(cases)} cases with {2 ** len(loaded.names)} subsets of {', '.join(loaded.names)}")
 
 
-def _whole_cases(output: Path, subsets: int) -> tuple[set[str], list[str]]:
-    """The cases of a table that have all subsets, and its columns; what a killed run left of another is dropped."""
+def _whole_cases(output: Path, components: Sequence[str]) -> tuple[set[str], list[str]]:
+    """The cases of a table and its columns; what a killed run left of the last case is dropped.
+
+    Raises
+    ------
+    MedfusionError : the table was not made with these components; it stays as it is.
+    """
+    from medfusion.analysis.parts import subset_name
     from medfusion.analysis.tables import check_columns, read_table
     from medfusion.io.output import staged
 
     table = read_table(output)
-    check_columns(table, {"case", "fixed"})
-    whole = table.groupby("case")["fixed"].transform("nunique") == subsets
-    if len(table) and not output.read_bytes().endswith(b"\n"):
-        whole &= table["case"] != table["case"].iloc[-1]  # its last line may lack a digit
-    with staged(output, overwrite=True) as unfinished:
-        table[whole].to_csv(unfinished, index=False)
-    return set(table.loc[whole, "case"]), list(table.columns)
+    with about(output):
+        check_columns(table, {"case", "patient", "fixed"})
+    subsets = {subset_name(number, components) for number in range(2 ** len(components))}
+    last = table["case"] == (table["case"].iloc[-1] if len(table) else "")
+    made_of = table.groupby("case")["fixed"].agg(frozenset)
+    cut_short = bool(len(table)) and (
+        set(table.loc[last, "fixed"]) != subsets or not output.read_bytes().endswith(b"\n")
+    )
+    whole = table[~last] if cut_short else table
+    if any(made_of[case] != subsets for case in whole["case"].unique()):
+        raise MedfusionError(
+            f"{output}: was made with other components than {', '.join(components)}", fix="name another table"
+        )
+    if cut_short:
+        with staged(output, overwrite=True) as unfinished:
+            whole.to_csv(unfinished, index=False)
+    return set(whole["case"]), list(table.columns)
 
 
 def parts_command(
@@ -75,14 +95,15 @@ def parts_command(
     as_json: AsJson = False,
 ) -> None:
     """Which component is to blame: the system judged with every subset of its components made perfect."""
-    from medfusion.analysis.blackbox import sealed_cases
+    from medfusion.analysis.blackbox import eyeball_cases, read_split
     from medfusion.analysis.definition import read_definition
     from medfusion.analysis.parts import attribute, parts_from_table
     from medfusion.analysis.tables import read_table
 
     definition = read_definition(define)
-    sealed = sealed_cases(split) if split else ()
-    parts = parts_from_table(read_table(table), definition, component or (), sealed)
+    only = eyeball_cases(read_split(split)) if split else None
+    with about(table):
+        parts = parts_from_table(read_table(table), definition, component or (), only)
     found = attribute(parts, "loss" if loss else "error", level)
     if as_json:
         print_json({"definition": definition.hash, **asdict(found), "table": records(found.table)})

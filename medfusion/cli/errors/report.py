@@ -14,11 +14,14 @@ from medfusion.cli.errors.options import (
     Cost,
     Define,
     Split,
+    about,
+    cases_to_see,
     costs_of,
-    eyeball_cases,
     judged_cases,
     print_json,
+    refuse_existing,
     scans_of,
+    tags_given,
 )
 from medfusion.errors import MedfusionError
 
@@ -27,14 +30,19 @@ if TYPE_CHECKING:
 
     from medfusion.report.page import Figure
 
+TABLES = "tables"  # the folder of the CSV files
 PICTURES = 12  # of the worst errors
 
 
 def report_command(
     cases: Cases,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for report.html and a CSV file of each table.")],
+    output: Annotated[
+        Path, typer.Argument(metavar="OUT", help="Folder for report.html, and tables/ with a CSV file of each.")
+    ],
     define: Define,
-    tags: Annotated[Path | None, typer.Option(help="CSV file of tags: a table of kinds, and agreement of two.")] = None,
+    tags: Annotated[
+        Path | None, typer.Option(help="As for `errors table`: kinds of errors, and agreement of two reviewers.")
+    ] = None,
     cost: Cost = None,
     parts: Annotated[Path | None, typer.Option(help="CSV file of `errors run`: which component is to blame.")] = None,
     split: Split = None,
@@ -44,32 +52,39 @@ def report_command(
     as_json: AsJson = False,
 ) -> None:
     """All of it in one offline page, with the tables as CSV files beside it."""
-    from medfusion.analysis.blackbox import read_log, read_split, refuse_blackbox, sealed_cases
+    from medfusion.analysis.blackbox import eyeball_cases, read_log, read_split
     from medfusion.analysis.error_table import error_table
     from medfusion.analysis.parts import attribute, parts_from_table
     from medfusion.analysis.slices import find_slices
     from medfusion.analysis.tables import read_table
-    from medfusion.analysis.tags import agreement, read_tags, tag_matrix
+    from medfusion.analysis.tags import agreement, tag_matrix
     from medfusion.report.errors import error_sections
     from medfusion.report.page import write_report
 
     page = output / "report.html"
-    if page.exists() and not overwrite:
-        raise MedfusionError(f"{output}: holds a report already", fix="--overwrite replaces it")
+    for path in (page, output / TABLES):
+        refuse_existing(path, overwrite)
     definition, judged = judged_cases(cases, define)
-    judged = eyeball_cases(judged, split)
-    given = read_tags(tags) if tags else None
-    if given is not None and split is not None:
-        refuse_blackbox(read_split(split), given["case"])
-    table = error_table(judged, tag_matrix(given), costs_of(cost)) if given is not None else None
-    agree = agreement(given, judged["patient"]) if given is not None and given["reviewer"].nunique() == 2 else None
-    sealed = sealed_cases(split) if split else ()
-    blamed = attribute(parts_from_table(read_table(parts), definition, without=sealed)) if parts else None
-    why = ""
+    judged = cases_to_see(judged, split)
+    table = agree = blamed = slices = None
+    remarks: list[str] = []
+    if tags:
+        given, remarks = tags_given(tags, split, definition)
+        with about(tags):
+            table = error_table(judged, tag_matrix(given), costs_of(cost))
+            if (reviewers := given["reviewer"].nunique()) == 2:
+                agree = agreement(given, judged["patient"])
+            elif reviewers > 2:
+                remarks.append(f"No agreement: it is of two reviewers, and there are {reviewers}")
+    if parts:
+        with about(parts):
+            only = eyeball_cases(read_split(split)) if split else None
+            blamed = attribute(parts_from_table(read_table(parts), definition, only=only))
     try:
-        slices = find_slices(judged.drop(columns=list(definition.error.columns)))
+        slices = find_slices(judged.drop(columns=list(definition.results)))
+        remarks += slices.cautions
     except MedfusionError as error:
-        slices, why = None, error.what
+        remarks.append(f"No slices: {error.what}")
     sections = error_sections(
         definition,
         judged,
@@ -77,33 +92,40 @@ def report_command(
         agreement=agree,
         parts=blamed,
         slices=slices,
-        remarks=[] if slices else [f"No slices: {why}."],
+        remarks=[f"{remark}." for remark in remarks],
         log=read_log(split) if split else (),
         pictures=_pictures(judged, images, truths) if images else (),
     )
     tables = {
         "cases": judged,
         "tags": table.tags if table else None,
-        "agreement": agree,
+        "agreement": agree.table if agree else None,
         "parts": blamed.table if blamed else None,
         "slices": slices.table.set_index("slice") if slices else None,
     }
     written = {name: each for name, each in tables.items() if each is not None}
-    _write_tables(output, written, definition.hash, overwrite)
+    _write_tables(output / TABLES, written, definition.hash)
     write_report(page, "Error analysis", sections, subtitle=f"{definition.name} {definition.hash}")
     if as_json:
-        print_json({"definition": definition.hash, "report": str(page), "tables": [f"{name}.csv" for name in written]})
+        print_json(
+            {
+                "definition": definition.hash,
+                "report": str(page),
+                "tables": [str(output / TABLES / f"{name}.csv") for name in written],
+            }
+        )
     else:
         typer.echo(f"Report: {page}")
 
 
-def _write_tables(output: Path, tables: Mapping[str, pd.DataFrame], definition: str, overwrite: bool) -> None:
-    """A CSV file of each, with the hash of the definition in every row."""
+def _write_tables(folder: Path, tables: Mapping[str, pd.DataFrame], definition: str) -> None:
+    """A CSV file of each in a new folder, with the hash of the definition in every row."""
     from medfusion.io.output import staged
 
-    for name, table in tables.items():
-        with staged(output / f"{name}.csv", overwrite) as unfinished:
-            table.assign(definition=definition).to_csv(unfinished)
+    with staged(folder, overwrite=True) as unfinished:
+        unfinished.mkdir()
+        for name, table in tables.items():
+            table.assign(definition=definition).to_csv(unfinished / f"{name}.csv")
 
 
 def _pictures(judged: pd.DataFrame, images: Path, truths: Path | None) -> list[Figure]:
@@ -115,10 +137,10 @@ def _pictures(judged: pd.DataFrame, images: Path, truths: Path | None) -> list[F
     from medfusion.report.page import Figure
 
     worst = judged[judged["error"]].sort_values("loss", ascending=False, kind="stable").head(PICTURES)
-    scans, maps = scans_of(worst.index, images), scans_of(worst.index, truths) if truths else {}
+    scans, maps = scans_of(worst.index, images), scans_of(worst.index, truths, all_of_them=False) if truths else {}
     figures = []
     for case, loss in worst["loss"].items():
-        mask = (read(maps[str(case)]).array > 0).astype(np.uint8) if truths else None
+        mask = (read(maps[str(case)]).array > 0).astype(np.uint8) if case in maps else None
         png = slice_figure(read(scans[str(case)]), mask=mask)
         caption = f"{case}: loss {loss:.4g}"
         figures.append(Figure(png, f"Axial, coronal and sagittal slice. {caption}", caption))

@@ -60,6 +60,7 @@ def sizes_command(
         definition, judged = judged_cases(cases, define)
         error_rate, measured_scans, measured_icc = _measured(judged)
         stated = {"definition": definition.hash}
+        typer.echo(f"Measured on {cases}  [{definition.name} {definition.hash}]", err=as_json)
     else:
         measured_scans, measured_icc = 1.0, 0.0
     scans = measured_scans if scans is None else scans
@@ -80,17 +81,18 @@ def sizes_command(
         return
     typer.echo(
         f"Eyeball   {plan.eyeball} cases of {plan.eyeball_patients} patients show {plan.errors} errors or more with "
-        f"{plan.certainty:.0%} certainty at {plan.error_rate:.2%} errors ({plan.naive} would do so half of the time)"
+        f"{100 * plan.certainty:.4g} % certainty at {100 * plan.error_rate:.3g} % errors (errors over error rate: "
+        f"{plan.naive}, too few half of the time)"
     )
-    if plan.blackbox is not None:
+    if plan.blackbox is not None and plan.difference is not None:
         typer.echo(
             f"Blackbox  {plan.blackbox} cases of {plan.blackbox_patients} patients show a change of "
-            f"{plan.difference:.2%} with 80 % power"
+            f"{100 * plan.difference:.3g} % with 80 % power"
         )
     if plan.design_effect > 1:
         typer.echo(f"          with a design effect of {plan.design_effect:.2f} for {scans:.3g} scans of each patient")
     if plan.available is not None:
-        typer.echo(f"All {plan.available} cases show {plan.errors_seen} errors or more")
+        typer.echo(f"All {plan.available} cases show {plan.errors_seen} errors or more with as much certainty")
         if plan.eyeball_only:
             typer.echo("These are too few for both sets: look at all of them, and keep none back")
 
@@ -100,6 +102,13 @@ def _measured(judged: pd.DataFrame) -> tuple[float, float, float]:
     from medfusion.analysis.sizes import intraclass_correlation
 
     error, patients = judged["error"].to_numpy(float), judged["patient"].to_numpy(str)
+    if not 0 < error.sum() < len(error) or judged["patient"].nunique() < 2:
+        raise MedfusionError(
+            "the cases are too few to measure an error rate on",
+            errors=f"{error.sum():.0f} of {len(error)} cases",
+            patients=judged["patient"].nunique(),
+            fix="state it: --error-rate",
+        )
     return float(error.mean()), len(judged) / judged["patient"].nunique(), intraclass_correlation(error, patients)
 
 
@@ -129,10 +138,12 @@ def split_command(
     from medfusion.analysis.definition import read_definition
     from medfusion.analysis.split import split_cases
     from medfusion.analysis.tables import read_cases
+    from medfusion.io.output import require_writable
 
     definition = read_definition(define)
     if output.exists():
         raise MedfusionError(f"{output}: is there already", fix="a split is made once; choose another folder")
+    require_writable(output)
     table = read_cases(cases, definition.columns.case, definition.columns.patient)
     columns = list(identity or [])
     if images is not None:
@@ -164,11 +175,12 @@ def split_command(
     if as_json:
         print_json(settings | {"parts": _counts(found.table), "taken": taken_here})
         return
+    typer.echo(f"Split {output}  [{definition.name} {definition.hash}]")
     _print_counts(found.table)
     for path, of in taken_here.items():
         typer.echo(f"{path}: {of['in_table']} of {of['names']} names are in the table")
     if found.duplicates:
-        typer.echo(f"The same scan, kept in one part: {some(' = '.join(names) for names in found.duplicates)}")
+        typer.echo(f"The same scan, kept in one part: {some(' = '.join(names[:10]) for names in found.duplicates)}")
     if found.left_out:
         typer.echo(f"Left out, as their patients are in other sets: {some(found.left_out)}")
 
@@ -191,7 +203,9 @@ def _lines(path: Path) -> list[str]:
 
 def refill_command(
     split: SplitFolder,
-    patients: Annotated[int, typer.Option(help="To move from the blackbox to the eyeball set, drawn at random.")],
+    patients: Annotated[
+        int, typer.Option(min=1, help="To move from the blackbox to the eyeball set, drawn at random.")
+    ],
     seed: Annotated[int, typer.Option(help="Of the draw.")] = 0,
     as_json: AsJson = False,
 ) -> None:
@@ -208,23 +222,23 @@ def refill_command(
 
 
 def _write_split(folder: Path, split: pd.DataFrame, kind: str, entry: Mapping[str, Any]) -> None:
-    """Write a split. The log first: a table that is not the last one in it is refused."""
+    """Write a split. The log before the table takes its name: one that is not the last in the log is refused."""
     from medfusion.analysis.blackbox import SPLIT, append_to_log, render_split
     from medfusion.io.output import staged
 
     text, digest = render_split(split)
     folder.mkdir(parents=True, exist_ok=True)
-    append_to_log(folder, kind, **entry, sha256=digest)
     with staged(folder / SPLIT, overwrite=True) as unfinished:
-        unfinished.write_text(text)
+        unfinished.write_bytes(text.encode())
+        append_to_log(folder, kind, **entry, sha256=digest)
 
 
 def _counts(split: pd.DataFrame) -> dict[str, dict[str, int]]:
     """Cases and patients of each part."""
-    return {
-        str(part): {"cases": len(of), "patients": int(of["patient"].nunique())}
-        for part, of in split.groupby("part", sort=False)
-    }
+    from medfusion.analysis.split import PARTS
+
+    parts = {part: split[split["part"] == part] for part in PARTS}
+    return {part: {"cases": len(of), "patients": int(of["patient"].nunique())} for part, of in parts.items()}
 
 
 def _print_counts(split: pd.DataFrame) -> None:
@@ -240,10 +254,12 @@ def ask_command(
     as_json: AsJson = False,
 ) -> None:
     """Score a model on the blackbox set. Only the total is told, and the question is logged for good."""
-    from medfusion.analysis.blackbox import ask
+    from medfusion.analysis.blackbox import ask, read_log
 
     definition, judged = judged_cases(cases, define)
     answer = ask(split, judged, model, definition.hash)
+    before = {entry["definition"] for entry in read_log(split) if "definition" in entry} - {definition.hash}
+    answer["other_definitions"] = sorted(before)
     if as_json:
         print_json(answer)
         return
@@ -253,7 +269,9 @@ def ask_command(
     typer.echo(
         f"{model}  {rate}, {answer['errors']} errors in {answer['cases']} cases of {answer['patients']} patients"
     )
-    typer.echo(f"This was question {answer['query']} to this blackbox set")
+    typer.echo(f"This was question {answer['query']} to this blackbox set  [{definition.name} {definition.hash}]")
+    if before:
+        typer.echo(f"Caution  it was split or asked before by another definition of an error: {some(sorted(before))}")
 
 
 def overfit_command(
@@ -266,7 +284,7 @@ def overfit_command(
     as_json: AsJson = False,
 ) -> None:
     """Are we overfitting the eyeball set? Asks the blackbox set, which is logged."""
-    from medfusion.analysis.blackbox import ask, read_split
+    from medfusion.analysis.blackbox import ask, read_log, read_split
     from medfusion.analysis.overfit import overfit
 
     parts = read_split(split)
@@ -275,12 +293,15 @@ def overfit_command(
     missing = parts.index.difference(before.index.intersection(after.index))
     if len(missing):
         raise MedfusionError("cases of the split without a score at the baseline or now", cases=some(missing))
-    look = ask(split, after, model, definition.hash)["query"]
     eyeball, blackbox = (
         (before.loc[cases, "error"], after.loc[cases, "error"], parts.loc[cases, "patient"])
         for cases in (parts.index[parts["part"] == part] for part in ("eyeball", "blackbox"))
     )
+    # what cannot be compared costs no question; another one may have come in between
+    look = 1 + sum(entry["kind"] == "query" for entry in read_log(split))
     found = overfit(eyeball, blackbox, look=look, tolerance=tolerance)
+    if (asked := ask(split, after, model, definition.hash)["query"]) != look:
+        found = overfit(eyeball, blackbox, look=asked, tolerance=tolerance)
     if as_json:
         print_json(asdict(found) | {"definition": definition.hash})
         return
@@ -290,8 +311,9 @@ def overfit_command(
         typer.echo(f"{name}  error {percent(change.before)} -> {percent(change.now)}, {change.cases} cases")
     limits = f"{100 * found.low:.1f} to {100 * found.high:.1f}"
     typer.echo(
-        f"Gap       {100 * found.gap:.1f} points, {limits} at look {look}; detectable {100 * found.detectable:.1f}"
+        f"Gap       {100 * found.gap:.1f} points, {limits} at look {found.look}; "
+        f"detectable {100 * found.detectable:.1f}"
     )
-    typer.echo(f"Verdict   {found.verdict}")
+    typer.echo(f"Verdict   {found.verdict}  [{definition.name} {definition.hash}]")
     if found.verdict == "overfit":
         typer.echo("The eyeball set is worn out. `medfusion errors refill` moves blackbox patients to it, for good.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,11 +14,12 @@ from medfusion.cli.errors.options import (
     Cases,
     Define,
     Split,
-    eyeball_cases,
+    cases_to_see,
     judged_cases,
     print_json,
     print_table,
     records,
+    refuse_existing,
     scans_of,
     tracked,
 )
@@ -41,27 +43,26 @@ def measure_command(
 
     from medfusion.analysis.definition import read_definition
     from medfusion.analysis.tables import read_cases, read_table
-    from medfusion.data.quality import scan_properties
+    from medfusion.data.quality import PROPERTIES, scan_properties
     from medfusion.io import read
     from medfusion.io.output import staged
 
+    refuse_existing(output, overwrite)
     definition = read_definition(define)
     names = list(read_cases(cases, definition.columns.case, definition.columns.patient).index)
-    scans, maps = scans_of(names, images), scans_of(names, truths) if truths else {}
-    found = [
-        scan_properties(scans[case]) | ({"truth_ml": _volume_ml(read(maps[case]))} if maps else {})
-        for case in tracked(names, "Measuring")
-    ]
-    table, measured = read_table(cases), pd.DataFrame(found)
-    both = table.columns.intersection(measured.columns)
-    if len(both):
+    table, columns = read_table(cases), [*PROPERTIES, *(["truth_ml"] if truths else [])]
+    if both := table.columns.intersection(columns).tolist():
         raise MedfusionError(f"{cases}: has columns that would be measured", columns=some(both), fix="rename them")
-    with staged(output, overwrite) as unfinished:
+    scans, maps = scans_of(names, images), scans_of(names, truths, all_of_them=False) if truths else {}
+    measured = pd.DataFrame([scan_properties(scans[case]) for case in tracked(names, "Measuring")])
+    if truths:
+        measured["truth_ml"] = [_volume_ml(read(maps[case])) if case in maps else math.nan for case in names]
+    with staged(output, overwrite=True) as unfinished:
         table.join(measured).to_csv(unfinished, index=False)
     if as_json:
-        print_json({"table": str(output), "cases": len(table), "columns": list(measured.columns)})
+        print_json({"table": str(output), "cases": len(table), "columns": columns})
     else:
-        typer.echo(f"{output}: {len(table)} cases, with {', '.join(measured.columns)}")
+        typer.echo(f"{output}: {len(table)} cases, with {', '.join(columns)}")
 
 
 def _volume_ml(labels: Volume) -> float:
@@ -86,14 +87,16 @@ def slices_command(
     from medfusion.analysis.slices import find_slices
 
     definition, judged = judged_cases(cases, define)
-    known = eyeball_cases(judged, split).drop(columns=list(definition.error.columns))
+    known = cases_to_see(judged, split).drop(columns=list(definition.results))
     found = find_slices(known, column or (), depth=depth, seed=seed)
     if as_json:
-        print_json({"definition": definition.hash, **asdict(found), "table": records(found.table)})
+        print_json({"definition": definition.hash, **asdict(found), "table": records(found.table.set_index("slice"))})
         return
     from medfusion.report.errors import slice_rows
 
     title = f"{found.kept_back} cases that were kept back  [{definition.name} {definition.hash}]"
     print_table(title, "slice", *slice_rows(found))
     if found.left_out:
-        typer.echo(f"Not used: {', '.join(found.left_out)} (the same everywhere, or too many names)")
+        typer.echo(f"Not used: {', '.join(found.left_out)} (the same everywhere, or too many different texts)")
+    for caution in found.cautions:
+        typer.echo(f"Caution  {caution}")

@@ -17,19 +17,22 @@ from medfusion.cli.errors.options import (
     Cost,
     Define,
     Split,
+    about,
+    cases_to_see,
     costs_of,
-    eyeball_cases,
     judged_cases,
     print_json,
     print_table,
     records,
     scans_of,
+    tags_given,
 )
-from medfusion.errors import MedfusionError
+from medfusion.errors import MedfusionError, some
 
 if TYPE_CHECKING:
     import pandas as pd
 
+    from medfusion.analysis.tag_store import TagStore
     from medfusion.io import Series
 
 KEPT = 6  # cases whose pictures are held ready
@@ -59,25 +62,25 @@ def tag_command(
 ) -> None:
     """Look at the errors and tag them, in a browser on this machine."""
     from medfusion.analysis.tag_store import TagStore
-    from medfusion.analysis.tags import read_tags
     from medfusion.report.tagging import Study, TaggingServer
 
     definition, judged = judged_cases(cases, define)
-    judged = eyeball_cases(judged, split)
+    judged = cases_to_see(judged, split)
     if images is None and (predictions or truths):
         raise typer.BadParameter("--predictions and --truths lie over --images")
     if not judged["error"].any():
         raise MedfusionError("there is no error to look at", cases=len(judged))
     shown = cases_to_look_at(judged, correct, seed)
     folders = {"scan": images, "prediction": predictions, "truth": truths}
-    files = {name: scans_of(shown, folder) for name, folder in folders.items() if folder is not None}
+    files = {
+        name: scans_of(shown, folder, all_of_them=name == "scan")
+        for name, folder in folders.items()
+        if folder is not None
+    }
     kept = TagStore(store, tag or [])
-    try:
-        if import_csv is not None:
-            kept.take_in(read_tags(import_csv))
-    except ValueError as error:
-        raise MedfusionError(f"{import_csv}: cannot be taken in", reason=error) from error
-    pictures = lru_cache(KEPT)(lambda case: _pictures({name: scans[case] for name, scans in files.items()}))
+    if import_csv is not None:
+        _take_in(kept, tags_given(import_csv, split, definition)[0], judged, import_csv)
+    pictures = lru_cache(KEPT)(lambda case: _pictures({name: of[case] for name, of in files.items() if case in of}))
     title = f"{definition.name} {definition.hash}"
     try:
         server = TaggingServer(Study(title, definition.hash, shown, pictures, kept), port)
@@ -96,6 +99,17 @@ def tag_command(
         pass
     finally:
         server.server_close()
+
+
+def _take_in(store: TagStore, tags: pd.DataFrame, judged: pd.DataFrame, path: Path) -> None:
+    """All of the tags, or none."""
+    unknown = sorted(set(tags["case"]) - set(judged.index))
+    if unknown:
+        raise MedfusionError(f"{path}: tags of cases that are not among those to look at", cases=some(unknown))
+    try:
+        store.take_in(tags)
+    except ValueError as error:
+        raise MedfusionError(f"{path}: cannot be taken in", reason=error) from error
 
 
 def cases_to_look_at(judged: pd.DataFrame, correct: int, seed: int) -> list[str]:
@@ -141,13 +155,15 @@ def table_command(
 ) -> None:
     """What each kind of error costs, and how far the error falls if it is mended."""
     from medfusion.analysis.error_table import error_table
-    from medfusion.analysis.tags import read_tags, tag_matrix
+    from medfusion.analysis.tags import tag_matrix
 
     definition, judged = judged_cases(cases, define)
-    given = tag_matrix(read_tags(tags))
-    found = error_table(eyeball_cases(judged, split, given.index), given, costs_of(cost), error_rate)
+    given, cautions = tags_given(tags, split, definition)
+    with about(tags):
+        found = error_table(cases_to_see(judged, split), tag_matrix(given), costs_of(cost), error_rate)
     if as_json:
-        print_json({"definition": definition.hash, **asdict(found), "tags": records(found.tags)})
+        told = asdict(found) | {"tags": records(found.tags), "warnings": [*found.warnings, *cautions]}
+        print_json({"definition": definition.hash} | told)
         return
     from medfusion.report.errors import percent, tag_rows
 
@@ -157,26 +173,28 @@ def table_command(
         f"  [{definition.name} {definition.hash}]"
     )
     print_table(title, "tag", columns, rows)
-    for warning in found.warnings:
+    for warning in (*found.warnings, *cautions):
         typer.echo(f"Caution  {warning}")
 
 
-def agree_command(cases: Cases, tags: Tags, define: Define, as_json: AsJson = False) -> None:
+def agree_command(cases: Cases, tags: Tags, define: Define, split: Split = None, as_json: AsJson = False) -> None:
     """How two reviewers agree on each tag: Cohen's kappa, its interval over patients."""
-    from medfusion.analysis.tags import agreement, read_tags
+    from medfusion.analysis.tags import agreement
 
     definition, judged = judged_cases(cases, define)
-    found = agreement(read_tags(tags), judged["patient"])
+    given, _ = tags_given(tags, split, definition)
+    with about(tags):
+        found = agreement(given, cases_to_see(judged, split)["patient"])
     if as_json:
-        print_json({"definition": definition.hash, "tags": records(found)})
+        told = {"reviewers": found.reviewers, "cases": found.cases, "tags": records(found.table)}
+        print_json({"definition": definition.hash} | told)
         return
-    first, second = found.columns[2:4]
     rows = {
-        tag: (*(f"{row[name]:.0f}" for name in ("both", first, second)), _kappa(row)) for tag, row in found.iterrows()
+        tag: (*(f"{row[name]:.0f}" for name in ("both", "first", "second")), _kappa(row))
+        for tag, row in found.table.iterrows()
     }
-    both = int(found["cases"].iloc[0]) if len(found) else 0
-    title = f"Both looked at {both} cases  [{definition.name} {definition.hash}]"
-    print_table(title, "tag", ["both", str(first), str(second), "kappa"], rows)
+    title = f"Both looked at {found.cases} cases  [{definition.name} {definition.hash}]"
+    print_table(title, "tag", ["both", *(name or "(no name)" for name in found.reviewers), "kappa"], rows)
 
 
 def _kappa(row: pd.Series) -> str:
