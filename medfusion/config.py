@@ -80,6 +80,17 @@ class AutoencoderConfig(Strict):
         return int(2 ** (len(self.channels) - 1))
 
 
+class GanConfig(Strict):
+    """A generator and a discriminator of MONAI (``medfusion.networks.Adversarial``), and their game."""
+
+    # of each level of the discriminator, which halves the edge; the generator has them the other way round
+    channels: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = Field((32, 64, 128), min_length=1)
+    latents: PositiveInt = 64
+    game: Literal["nonsaturating", "wasserstein"] = "nonsaturating"
+    penalty: float = Field(1.0, ge=0)  # weight of R1, or of the gradient penalty of the Wasserstein game: 10 there
+    spectral_norm: bool = False  # of the discriminator's layers (Miyato et al. 2018)
+
+
 class PreprocessingConfig(Strict):
     """What a scan goes through before the network; stored in the prior, so training and use cannot differ."""
 
@@ -140,7 +151,7 @@ class TrainingConfig(Strict):
     steps: int = Field(3000, ge=1)
     batch: int = Field(2, ge=1)  # crops of a step, over all devices
     accumulate: int = Field(1, ge=1)  # parts in which a device does its share of the batch: less memory, same result
-    optimizer: Literal["adamw", "muon"] = "adamw"
+    optimizer: Literal["adamw", "muon", "adversarial"] = "adamw"  # adversarial: AdamW whose first moment forgets all
     learning_rate: float = Field(6e-4, gt=0)
     warmup: int = Field(100, ge=1)  # steps on which the rate rises; a cosine to a thousandth follows
     ema_half_life: int = Field(1000, ge=1)  # of the averaged weights, which are the prior's; in crops
@@ -166,11 +177,12 @@ class Config(Strict):
     """Everything that ``medfusion train`` needs beside the data folder."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    family: Literal["diffusion", "autoencoder"] = "diffusion"
+    family: Literal["diffusion", "autoencoder", "gan"] = "diffusion"
     process: ProcessConfig = ProcessConfig()  # of a diffusion, as network
     network: NetworkConfig = NetworkConfig()
     # its own family, or for latent diffusion of large volumes; without it a diffusion works on the voxels themselves
     autoencoder: AutoencoderConfig | None = None
+    gan: GanConfig | None = None
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
@@ -200,8 +212,10 @@ class Config(Strict):
 
     @model_validator(mode="after")
     def _the_family_is_described(self) -> Config:
-        if self.family == "autoencoder" and self.autoencoder is None:
-            raise ValueError("the family autoencoder needs the section autoencoder")
+        if self.family != "diffusion" and getattr(self, self.family) is None:
+            raise ValueError(f"the family {self.family} needs the section {self.family}")
+        if self.gan is not None and self.family != "gan":
+            raise ValueError(f"the family {self.family} has no section gan")
         return self
 
     @model_validator(mode="after")
@@ -220,12 +234,16 @@ class Config(Strict):
     @property
     def multiple(self) -> int:
         """What edges of crops are multiples of."""
+        if self.gan is not None:
+            return int(2 ** len(self.gan.channels))
         factor = 1 if self.autoencoder is None else self.autoencoder.factor
         return factor * (2 ** len(self.network.channels) if self.family == "diffusion" else 1)
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
         """Of the noise that belongs to a crop, channels first: that of the crop itself, or of its latents."""
+        if self.gan is not None:
+            return (self.gan.latents,)
         if self.autoencoder is None:
             return 1, *[self.data.crop] * 3
         return self.autoencoder.latents, *[self.data.crop // self.autoencoder.factor] * 3

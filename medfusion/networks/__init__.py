@@ -1,6 +1,7 @@
 """Networks."""
 
+from medfusion.networks.adversarial import Adversarial
 from medfusion.networks.autoencoder import Autoencoder, on_latents
 from medfusion.networks.residual_unet import ResidualUNet, adopt
 
-__all__ = ["Autoencoder", "ResidualUNet", "adopt", "on_latents"]
+__all__ = ["Adversarial", "Autoencoder", "ResidualUNet", "adopt", "on_latents"]

@@ -9,11 +9,14 @@ from medfusion.prior.diffusion import (
     build_network,
     build_process,
 )
+from medfusion.prior.gan import GanPrior, build_adversarial
 
 __all__ = [
     "AutoencoderPrior",
     "DiffusionPrior",
+    "GanPrior",
     "Prior",
+    "build_adversarial",
     "build_autoencoder",
     "build_denoiser",
     "build_network",

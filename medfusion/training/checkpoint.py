@@ -68,7 +68,7 @@ def read_checkpoint(out: Path, config: Config, parts: set[str] | None = None) ->
         state = torch.load(path, weights_only=True, map_location="cpu")  # weights_only: nothing in it is executed
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise MedfusionError(f"{path}: damaged, or no checkpoint", fix="--overwrite to begin anew") from error
-    if not isinstance(state, dict) or not {"config", "scans", "losses", "worked"} <= state.keys():
+    if not isinstance(state, dict) or not {"config", "scans", "losses", "norms", "worked"} <= state.keys():
         raise MedfusionError(f"{path}: no checkpoint of this version of medfusion", fix="--overwrite to begin anew")
     try:  # settings that are new since then have defaults
         other = _decisive(Config.model_validate_json(state["config"]), parts)

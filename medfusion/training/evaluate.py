@@ -17,12 +17,13 @@ from medfusion.io import staged
 from medfusion.metrics import psnr
 from medfusion.networks import Autoencoder
 from medfusion.objectives.elbo import Rebuilt, divergence, elbo
-from medfusion.prior import Prior, half_width
+from medfusion.prior import GanPrior, Prior, half_width
 from medfusion.training.batches import Sample, Shown
 
 VALIDATION_TIMES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)
 NOISE_LEVELS = (0.05, 0.10, 0.20)  # of the range from air to bright tissue
 TISSUE = -0.8  # decibels are taken where the clean crop is above it
+SAMPLES = 8  # drawn to see how they vary
 IN_USE = 0.1  # standard deviation of a latent's mean
 PICTURED, PICTURED_NOISE, SAMPLING_STEPS = 4, 0.2, 12
 
@@ -64,8 +65,36 @@ def validation_bound(
         "elbo_nats": round(bound, 1),
         "bits_per_voxel": round(-bound / (voxels * math.log(2)), 5),
         "divergence_nats": round(sum(divergences) / len(divergences), 2),
-        "latents_in_use": int((torch.stack(means).std(dim=0) > IN_USE).sum()) if len(means) > 1 else 0,
-    }
+    } | ({"latents_in_use": int((torch.stack(means).std(dim=0) > IN_USE).sum())} if len(means) > 1 else {})
+
+
+@torch.no_grad()
+def validation_game(prior: GanPrior, crops: Sequence[Crop]) -> dict[str, float]:
+    """Mean logit of crops and of as many samples, and the samples' diversity: 1 where they differ as crops do.
+
+    A gap between the logits that grows says that the discriminator knows all; a diversity that falls, that modes drop.
+    """
+    real = torch.cat([crop.image for crop in crops]).to(prior.device)
+    generated = prior.sample([torch.Generator().manual_seed(number) for number in range(max(SAMPLES, len(crops)))])
+    with half_width(prior.device):
+        logits = [float(prior.network.discriminator(images).float().mean()) for images in (real, generated)]
+    found = {"logit_real": round(logits[0], 4), "logit_generated": round(logits[1], 4)}
+    return found | ({"diversity": round(_apart(generated) / _apart(real), 4)} if len(real) > 1 else {})
+
+
+def _apart(images: Tensor) -> float:
+    """Mean distance between two of them."""
+    return float(torch.nn.functional.pdist(images.flatten(1).float().cpu()).mean())
+
+
+@torch.no_grad()
+def samples_picture(prior: Prior, crops: Sequence[Crop], path: Path) -> None:
+    """A PNG: for up to four held-out crops the slice, and two samples."""
+    rows = []
+    for index, crop in enumerate(crops[:PICTURED]):
+        drawn = prior.sample([torch.Generator().manual_seed(2 * index + k) for k in range(2)]).cpu()
+        rows.append((crop.image, drawn[:1], drawn[1:]))
+    _save_rows(rows, path)
 
 
 @torch.no_grad()

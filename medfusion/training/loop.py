@@ -38,6 +38,7 @@ from medfusion.training.meter import Meter, State
 from medfusion.training.optimizer import build_optimizers
 from medfusion.training.signals import signals_held
 from medfusion.training.stages import Diffusion, Stage, autoencoding, only_stage
+from medfusion.training.watch import burst, lost
 
 CLIP_NORM = 1.0
 LOG_EVERY = 10  # steps; a GPU is asked for its losses no more often, because it would have to wait for the answer
@@ -148,7 +149,7 @@ class _Run:
         self.need = require_memory(stage, accelerator.num_processes, self.device)
         self.optimizers = build_optimizers(self.network, config.training)
         self.start = self._restore(state) if state else 0
-        spent = {name: state[name] for name in ("seconds", "waited", "worked", "losses")} if state else {}
+        spent = {name: state[name] for name in ("seconds", "waited", "worked", "losses", "norms")} if state else {}
         self.meter = Meter(config.training.batch, **spent)
         if config.training.compile:
             self.network.compile()
@@ -159,6 +160,7 @@ class _Run:
         workers = default_workers(self.device, resident) if workers is None else workers
         self.plan = _plan(accelerator, resident, workers, self.need)
         self.validated: dict[str, float] = {}  # the last validation
+        self.norms: list[float] = []  # the largest gradient of each row
         self.board = None
         if accelerator.is_main_process:
             checkpoint.forget_after(out, self.start) if state else checkpoint.begin(out)
@@ -169,6 +171,7 @@ class _Run:
 
     def follow(self, say: Callable[[str], None], progress: Callable[[State], None]) -> None:
         """Train to the last step, or until asked to stop."""
+        self.say = say
         say(self.plan)
         try:
             with signals_held() as asked_to_stop:
@@ -220,7 +223,7 @@ class _Run:
         for optimizer in self.optimizers:
             optimizer.step()
         _update_ema(self.ema, self.network, step, self.config)
-        self.meter.add(total + 0 * norm)  # a gradient that is not finite makes the loss so
+        self.meter.add(total + 0 * norm, norm)  # a gradient that is not finite makes the loss so
 
     def record(self, done: int) -> None:
         """Read the losses, log, validate and save, each when it is due after ``done`` steps."""
@@ -231,18 +234,21 @@ class _Run:
         if logs or self.device.type == "cpu":
             self._read_losses(done)
         if logs:
-            self._log(self.meter.row(done))
+            row = self.meter.row(done)
+            self._log(row)
+            self.norms.append(row["gradient_norm"])
+            self._caution(done, burst(self.norms))
         if validates:
             self._validate(done)
         if saves:
             self.save(done)
 
     def _read_losses(self, done: int) -> None:
-        losses = self.accelerator.reduce(torch.stack(self.meter.unread), "mean").tolist()
-        for number, loss in enumerate(losses, done - len(losses) + 1):
+        values = self.accelerator.reduce(torch.stack(self.meter.unread), "mean").tolist()
+        for number, (loss, _) in enumerate(values, done - len(values) + 1):
             if not math.isfinite(loss):
                 raise self._not_finite(number)
-        self.meter.read(losses)
+        self.meter.read(values)
 
     def _not_finite(self, number: int) -> MedfusionError:
         """``number`` counts from 1, as the rows of metrics.jsonl do."""
@@ -258,9 +264,14 @@ class _Run:
         with self.meter.paused():
             self.validated = self.stage.validate(self.ema, self.held_out)
             self._log({"step": done, "validation": self.validated})
+            self._caution(done, lost(self.validated))
             if self.accelerator.is_main_process:
                 self.stage.draw(self.ema, self.held_out, self.out / "pictures" / f"step_{done:07d}.png")
             self.accelerator.wait_for_everyone()
+
+    def _caution(self, done: int, text: str) -> None:
+        if text and self.accelerator.is_main_process:
+            self.say(f"Caution  step {done}: {text}")
 
     def _log(self, row: dict[str, Any]) -> None:
         if not self.accelerator.is_main_process:
@@ -302,6 +313,7 @@ class _Run:
                     waited=self.meter.waited,
                     worked=self.meter.worked,
                     losses=self.meter.losses,
+                    norms=self.meter.norms,
                 )
             self.accelerator.wait_for_everyone()
 

@@ -57,11 +57,10 @@ def require_memory(stage: Stage, processes: int, device: torch.device) -> int:
 def step_bytes(stage: Stage, processes: int, device: torch.device) -> int:
     """Peak bytes of a training step of one process, measured on one small crop."""
     config = stage.config
-    network = stage.build().to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     voxels = config.training.batch // (processes * config.training.accumulate) * config.data.crop**3
-    weights = COPIES * sum(p.nbytes for p in network.parameters())
+    weights = COPIES * sum(p.nbytes for p in stage.build().parameters())
     beside = bytes_beside(stage, config.data.crop**3)
-    return int(bytes_per_voxel(stage, network, device) * voxels) + weights + beside + BASE
+    return int(bytes_per_voxel(stage, device) * voxels) + weights + beside + BASE
 
 
 def advice(stage: Stage, processes: int, device: torch.device, need: int) -> MedfusionError:
@@ -105,19 +104,20 @@ def _divisor(stage: Stage) -> int:
     return stage.config.multiple
 
 
-def bytes_per_voxel(stage: Stage, network: nn.Module, device: torch.device) -> float:
+def bytes_per_voxel(stage: Stage, device: torch.device) -> float:
     """Peak bytes of a training step for each voxel of a batch, beside the weights.
 
     The slope between two sizes of crop: what autograd keeps whatever the size, weights in half width, say, drops out.
     """
     edge = max(16, _divisor(stage))
-    small, large = (_kept(stage, network, device, n) for n in (edge, 2 * edge))
+    small, large = (_kept(stage, device, n) for n in (edge, 2 * edge))
     return WORKSPACE * (large - small) / (7 * edge**3)
 
 
-def _kept(stage: Stage, network: nn.Module, device: torch.device, edge: int) -> int:
+def _kept(stage: Stage, device: torch.device, edge: int) -> int:
     """Bytes that autograd keeps for the backward pass of one crop, and those of a block that is recomputed."""
-    noise_shape = with_settings(stage, "data", crop=edge).config.noise_shape
+    stage = with_settings(stage, "data", crop=edge)
+    network = stage.build().to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
     crop = Crop(torch.zeros(1, 1, edge, edge, edge), torch.zeros(1, 4, *[edge // 2] * 3), None, torch.tensor([UNKNOWN]))
     kept: dict[int, int] = {}
     inputs = [0]
@@ -130,7 +130,7 @@ def _kept(stage: Stage, network: nn.Module, device: torch.device, edge: int) -> 
         inputs.append(arguments[0].nbytes)
 
     hooks = [m.register_forward_pre_hook(note) for m in network.modules() if isinstance(m, Residual)]
-    shown = Sample(crop, torch.tensor([0]), torch.tensor([0.5])).shown(device, noise_shape)
+    shown = Sample(crop, torch.tensor([0]), torch.tensor([0.5])).shown(device, stage.config.noise_shape)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = stage.loss(network, shown, 1.0)  # held, so that no kept tensor's address is given out twice
     for hook in hooks:

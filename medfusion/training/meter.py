@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -27,11 +28,17 @@ class Meter:
     ----------
     batch : images of a step.
     seconds, waited, worked : what the run took before it was resumed; waiting for data; at its steps.
-    losses : of the steps between its last row and its checkpoint.
+    losses, norms : of the steps between its last row and its checkpoint, and of their gradients.
     """
 
     def __init__(
-        self, batch: int, seconds: float = 0.0, waited: float = 0.0, worked: float = 0.0, losses: Sequence[float] = ()
+        self,
+        batch: int,
+        seconds: float = 0.0,
+        waited: float = 0.0,
+        worked: float = 0.0,
+        losses: Sequence[float] = (),
+        norms: Sequence[float] = (),
     ) -> None:
         self.batch, self.before, self.start = batch, seconds, time.perf_counter()
         self.waited, self.worked = waited, worked  # in the whole run, validation and saving left out
@@ -39,9 +46,11 @@ class Meter:
         self.last = State(0, math.nan, math.nan, 0.0)
         self._open()
         self.losses += losses
+        self.norms += norms
 
     def _open(self) -> None:
-        self.began, self.steps, self.waits, self.losses = time.perf_counter(), 0, 0.0, list[float]()
+        self.began, self.steps, self.waits = time.perf_counter(), 0, 0.0
+        self.losses, self.norms = list[float](), list[float]()
 
     @property
     def seconds(self) -> float:
@@ -62,14 +71,15 @@ class Meter:
         yield
         self.began += time.perf_counter() - began
 
-    def add(self, loss: Tensor) -> None:
-        """The loss of one more step."""
-        self.unread.append(loss)
+    def add(self, loss: Tensor, norm: Tensor) -> None:
+        """The loss of one more step, and the length of its gradient."""
+        self.unread.append(torch.stack([loss, norm]))
         self.steps += 1
 
-    def read(self, losses: Sequence[float]) -> None:
-        """The values of the unread losses."""
-        self.losses += losses
+    def read(self, values: Sequence[Sequence[float]]) -> None:
+        """The values of the unread losses and lengths."""
+        self.losses += [loss for loss, _ in values]
+        self.norms += [norm for _, norm in values]
         self.unread.clear()
 
     def progress(self, step: int) -> State:
@@ -84,11 +94,13 @@ class Meter:
         """The row of metrics.jsonl that ends with ``step``; the next begins."""
         state = self.progress(step)
         loss = sum(self.losses) / len(self.losses)
+        norm = max(self.norms)
         self.waited, self.worked = self.waited + self.waits, self.worked + time.perf_counter() - self.began
         self._open()
         return {
             "step": step,
             "loss": round(loss, 5),
+            "gradient_norm": round(norm, 4),
             "images_per_second": round(state.images_per_second, 3),
             "waiting": round(state.waiting, 4),
             "seconds": round(self.seconds, 3),

@@ -40,3 +40,11 @@ def autoencoder_loss(network: nn.Module, config: Config, shown: Shown, share: fl
     warmup = config.autoencoder.beta_warmup
     beta = config.autoencoder.beta * (min(1.0, share / warmup) if warmup else 1.0)
     return -elbo(shown.crop.image, rebuilt(network, config, shown), beta) / shown.crop.image[0].numel()
+
+
+def adversarial_loss(network: nn.Module, config: Config, shown: Shown) -> Tensor:
+    """(b,) what generator and discriminator lose; each one's gradient stays with it."""
+    assert config.gan is not None
+    with half_width(shown.noise.device):
+        losses = network(shown.crop.image, shown.noise, config.gan.game, config.gan.penalty)
+    return losses[0] + losses[1]

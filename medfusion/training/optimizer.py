@@ -12,6 +12,7 @@ from medfusion.config import TrainingConfig
 
 WEIGHT_DECAY = 1e-5
 BETAS = (0.9, 0.99)
+ADVERSARIAL_BETAS = (0.0, 0.99)  # momentum makes players turn round each other (Mescheder et al. 2018)
 ADAMW_RATE = 6e-4  # of what Muon does not update: the usual rate of AdamW for this network
 MOMENTUM = 0.95
 QUINTIC = (3.4445, -4.7750, 2.0315)  # pushes singular values of (0, 1] to about 1 in five rounds
@@ -21,8 +22,9 @@ def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.o
     """One optimiser, or Muon and AdamW; every group keeps its full rate as ``initial_lr``."""
     parameters = dict(network.named_parameters())
     inner = [p for name, p in parameters.items() if p.ndim == 5 and not name.startswith(("head", "tail"))]
-    if config.optimizer == "adamw":
-        optimizers = [_adamw(parameters.values(), config.learning_rate)]
+    if config.optimizer != "muon":
+        betas = BETAS if config.optimizer == "adamw" else ADVERSARIAL_BETAS
+        optimizers: list[torch.optim.Optimizer] = [_adamw(parameters.values(), config.learning_rate, betas)]
     else:
         others = [p for p in parameters.values() if all(p is not q for q in inner)]
         optimizers = [Muon(inner, config.learning_rate), _adamw(others, ADAMW_RATE)]
@@ -32,9 +34,11 @@ def build_optimizers(network: nn.Module, config: TrainingConfig) -> list[torch.o
     return optimizers
 
 
-def _adamw(parameters: Iterable[nn.Parameter], rate: float) -> torch.optim.Optimizer:
+def _adamw(
+    parameters: Iterable[nn.Parameter], rate: float, betas: tuple[float, float] = BETAS
+) -> torch.optim.Optimizer:
     # fused: without it AdamW spent 15 % of a step dividing (two cores)
-    return torch.optim.AdamW(list(parameters), rate, betas=BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    return torch.optim.AdamW(list(parameters), rate, betas=betas, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 class Muon(torch.optim.Optimizer):

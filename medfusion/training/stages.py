@@ -13,19 +13,29 @@ from torch import Tensor, nn
 from medfusion.config import Config, TimesConfig
 from medfusion.data.crops import Case, Crop, mean_atlas
 from medfusion.errors import MedfusionError
-from medfusion.networks import Autoencoder, ResidualUNet, adopt, on_latents
+from medfusion.networks import Adversarial, Autoencoder, ResidualUNet, adopt, on_latents
 from medfusion.networks.residual_unet import ATLAS, ATLAS_REACH
-from medfusion.prior import AutoencoderPrior, DiffusionPrior, Prior, build_autoencoder, build_network
+from medfusion.prior import (
+    AutoencoderPrior,
+    DiffusionPrior,
+    GanPrior,
+    Prior,
+    build_adversarial,
+    build_autoencoder,
+    build_network,
+)
 from medfusion.training.batches import Samples, Shown
 from medfusion.training.evaluate import (
     denoising_psnr,
     picture,
     reconstruction_picture,
     reconstruction_psnr,
+    samples_picture,
     validation_bound,
+    validation_game,
     validation_loss,
 )
-from medfusion.training.objective import autoencoder_loss, batch_loss, rebuilt
+from medfusion.training.objective import adversarial_loss, autoencoder_loss, batch_loss, rebuilt
 
 SCALED_BY = 32  # crops from which the spread of the latents is measured
 
@@ -186,6 +196,43 @@ class Autoencoding:
         return network
 
 
+@dataclass(frozen=True)
+class Adversary:
+    """A generator and a discriminator, as one network that loses what both lose."""
+
+    config: Config
+    folder: str = ""
+    settings: str = "training"
+    section: str = "gan"
+
+    def build(self) -> Adversarial:
+        """As ``Stage``."""
+        return build_adversarial(self.config)
+
+    def begin(self, network: Adversarial, cases: Sequence[Case]) -> None:
+        """Nothing: the weights are random."""
+
+    def loss(self, network: nn.Module, shown: Shown, share: float) -> Tensor:
+        """As ``Stage``."""
+        return adversarial_loss(network, self.config, shown)
+
+    def validate(self, network: Adversarial, crops: Sequence[Crop]) -> dict[str, float]:
+        """What the discriminator makes of scans and samples, and how the samples vary."""
+        return validation_game(self.prior(network), crops)
+
+    def draw(self, network: Adversarial, crops: Sequence[Crop], path: Path) -> None:
+        """Held-out crops and samples."""
+        samples_picture(self.prior(network), crops, path)
+
+    def measures(self, network: Adversarial, crops: Sequence[Crop]) -> dict[str, Any]:
+        """Nothing: ``validate`` has all."""
+        return {}
+
+    def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> GanPrior:
+        """As ``Stage``."""
+        return GanPrior(self.config, network, provenance or {})
+
+
 def autoencoding(config: Config) -> Autoencoding:
     """The first stage of latent diffusion: its own steps, batch and rate, what it shares as in ``config.training``."""
     own = config.autoencoder
@@ -199,7 +246,7 @@ def autoencoding(config: Config) -> Autoencoding:
 
 def only_stage(config: Config) -> Stage:
     """That of a family without a first one."""
-    return {"diffusion": Diffusion, "autoencoder": Autoencoding}[config.family](config)
+    return {"diffusion": Diffusion, "autoencoder": Autoencoding, "gan": Adversary}[config.family](config)
 
 
 def with_settings(stage: Stage, section: str, **changes: object) -> Stage:

@@ -14,6 +14,7 @@ from medfusion.errors import MedfusionError
 from medfusion.prior import AutoencoderPrior, DiffusionPrior, Prior
 from medfusion.tasks.denoise import denoise_volume
 from medfusion.training import train
+from medfusion.training.watch import lost
 from medfusion.volume import Volume
 
 
@@ -40,13 +41,7 @@ def test_a_run_leaves_a_prior_with_its_card(run: Path) -> None:
     assert isinstance(prior, AutoencoderPrior)
     assert prior.kind == "a VAE"
     found = rows(run)[-1]["validation"]
-    assert set(found) == {
-        "elbo_nats",
-        "bits_per_voxel",
-        "divergence_nats",
-        "latents_in_use",
-        "reconstruction_psnr",
-    }
+    assert set(found) == {"elbo_nats", "bits_per_voxel", "divergence_nats", "reconstruction_psnr"}  # of one crop
     assert prior.provenance["validation_loss"] == found
     card = (run / "card.md").read_text()
     assert "| Family | a VAE |" in card
@@ -97,6 +92,16 @@ def test_an_interrupted_run_is_resumed(run: Path, tmp_path: Path, cases: list[Ca
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     with pytest.raises(MedfusionError, match=r"autoencoder\.beta"):
         train(cases, vae_config(beta=2), tmp_path, device="cpu", resume=True)
+
+
+def test_latents_that_tell_nothing_are_told_of(tmp_path: Path, cases: list[Case]) -> None:
+    """The divergence weighs so much that the encoder gives up: posterior collapse."""
+    tree = vae_config(beta=1e4, beta_warmup=0).model_dump()
+    tree["training"] |= {"steps": 60, "checkpoint_every": 60, "validate_every": 60, "learning_rate": 1e-2}
+    tree["data"]["validation"], said = 2, []
+    train(cases, Config.model_validate(tree), tmp_path, device="cpu", say=said.append)
+    assert rows(tmp_path)[-1]["validation"]["latents_in_use"] == 0
+    assert said[1:] == [f"Caution  step 60: {lost({'latents_in_use': 0})}"]
 
 
 def test_configs_that_make_no_sense() -> None:

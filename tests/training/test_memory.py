@@ -124,7 +124,7 @@ def test_recomputing_gives_the_same_gradients_with_less_kept() -> None:
             torch.nn.init.normal_(parameter, std=0.05)
         network(torch.ones(1, 1, 16, 16, 16), torch.zeros(1)).square().mean().backward()
         gradients.append([p.grad for p in network.parameters()])
-        costs.append(memory.bytes_per_voxel(stage, network, CPU))
+        costs.append(memory.bytes_per_voxel(stage, CPU))
     torch.testing.assert_close(gradients[1], gradients[0])
     assert costs[1] < 0.75 * costs[0]
 
@@ -132,11 +132,10 @@ def test_recomputing_gives_the_same_gradients_with_less_kept() -> None:
 def test_what_is_kept_whatever_the_crop_is_not_multiplied(monkeypatch: pytest.MonkeyPatch) -> None:
     """In half width autograd keeps a copy of the weights, a thousand times the activations of a voxel, and once."""
     stage = Diffusion(tiny_config(network={"channels": (64, 96), "blocks": (1, 1)}))
-    network = stage.build()
-    full = memory.bytes_per_voxel(stage, network, CPU)
+    full = memory.bytes_per_voxel(stage, CPU)
 
     def half_width(device: torch.device) -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16)
 
     monkeypatch.setattr("medfusion.training.objective.half_width", half_width)
-    assert 0.4 * full < memory.bytes_per_voxel(stage, network, CPU) < 1.05 * full
+    assert 0.4 * full < memory.bytes_per_voxel(stage, CPU) < 1.05 * full
