@@ -91,6 +91,32 @@ class GanConfig(Strict):
     spectral_norm: bool = False  # of the discriminator's layers (Miyato et al. 2018)
 
 
+class DomainConfig(Strict):
+    """One of two folders of scans, as ``data`` describes its only one."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+    images: str = "*"
+    masks: str = ""  # brain masks (>0): the scans are used skull-stripped, and not as they are
+
+
+class CycleganConfig(Strict):
+    """Translators and discriminators of MONAI (``medfusion.networks.CycleGan``), and what they are told apart by."""
+
+    domains: tuple[DomainConfig, DomainConfig]  # in the order of --data
+    # of each level of a translator
+    channels: tuple[Annotated[int, Field(ge=8, multiple_of=8)], ...] = Field((16, 32, 64), min_length=2)
+    layers: PositiveInt = 2  # of a discriminator, each of which halves the edge
+    cycle: float = Field(10.0, ge=0)  # weight of the error there and back (Zhu et al. 2017, section 4)
+    identity: float = Field(5.0, ge=0)  # of the error on an image that is in the target domain (section 5.2)
+    penalty: float = Field(1.0, ge=0)  # of R1
+
+    @model_validator(mode="after")
+    def _domains_differ(self) -> CycleganConfig:
+        if self.domains[0].name == self.domains[1].name:
+            raise ValueError("two domains have two names")
+        return self
+
+
 class PreprocessingConfig(Strict):
     """What a scan goes through before the network; stored in the prior, so training and use cannot differ."""
 
@@ -177,12 +203,13 @@ class Config(Strict):
     """Everything that ``medfusion train`` needs beside the data folder."""
 
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
-    family: Literal["diffusion", "autoencoder", "gan"] = "diffusion"
+    family: Literal["diffusion", "autoencoder", "gan", "cyclegan"] = "diffusion"
     process: ProcessConfig = ProcessConfig()  # of a diffusion, as network
     network: NetworkConfig = NetworkConfig()
     # its own family, or for latent diffusion of large volumes; without it a diffusion works on the voxels themselves
     autoencoder: AutoencoderConfig | None = None
     gan: GanConfig | None = None
+    cyclegan: CycleganConfig | None = None
     preprocessing: PreprocessingConfig = PreprocessingConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig = TrainingConfig()
@@ -214,8 +241,9 @@ class Config(Strict):
     def _the_family_is_described(self) -> Config:
         if self.family != "diffusion" and getattr(self, self.family) is None:
             raise ValueError(f"the family {self.family} needs the section {self.family}")
-        if self.gan is not None and self.family != "gan":
-            raise ValueError(f"the family {self.family} has no section gan")
+        for section in ("gan", "cyclegan"):
+            if getattr(self, section) is not None and self.family != section:
+                raise ValueError(f"the family {self.family} has no section {section}")
         return self
 
     @model_validator(mode="after")
@@ -236,14 +264,18 @@ class Config(Strict):
         """What edges of crops are multiples of."""
         if self.gan is not None:
             return int(2 ** len(self.gan.channels))
+        if self.cyclegan is not None:
+            return int(2 ** max(len(self.cyclegan.channels) - 1, self.cyclegan.layers))
         factor = 1 if self.autoencoder is None else self.autoencoder.factor
         return factor * (2 ** len(self.network.channels) if self.family == "diffusion" else 1)
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
-        """Of the noise that belongs to a crop, channels first: that of the crop itself, or of its latents."""
+        """Of the noise that belongs to a crop, channels first: of the crop itself, or of its latents; (0,) for none."""
         if self.gan is not None:
             return (self.gan.latents,)
+        if self.cyclegan is not None:
+            return (0,)
         if self.autoencoder is None:
             return 1, *[self.data.crop] * 3
         return self.autoencoder.latents, *[self.data.crop // self.autoencoder.factor] * 3

@@ -93,7 +93,7 @@ def _learn(
     done = train_cases(
         lambda **given: load_training_set(real, settings, **given),
         settings,
-        input,
+        [input],
         out,
         cache=out / "cache",
         device=device,

@@ -381,10 +381,40 @@ def augment_command(
     raise typer.Exit(code)
 
 
+@app.command("translate")
+def translate_command(
+    input: Input,
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the results, outside IN.")],
+    prior: Annotated[str, typer.Option("--prior", help="A CycleGAN, or the diffusion prior of IN's scanner; a file.")],
+    to: Annotated[str, typer.Option("--to", help="A domain of the CycleGAN, or the prior of the other scanner.")],
+    device: Device = None,
+    volume: VolumeIndex = None,
+    overwrite: Overwrite = False,
+    resume: Resume = False,
+) -> None:
+    """Show scans as another scanner would: by a CycleGAN, or encoded by one diffusion prior and decoded by another."""
+    from medfusion.cli.show import show_run
+    from medfusion.tasks.translate import translate
+
+    done = translate(
+        input,
+        output,
+        prior=prior,
+        to=to,
+        device=device,
+        volume=volume,
+        overwrite=overwrite,
+        resume=resume,
+    )
+    raise typer.Exit(show_run(done, output))
+
+
 @app.command("train")
 def train_command(
     config: Annotated[Path, typer.Argument(help="A YAML file, see configs/.")],
-    data: Annotated[Path, typer.Option(help="Folder of NIfTI files or DICOM series.")],
+    data: Annotated[
+        list[Path], typer.Option(help="Folder of NIfTI files or DICOM series; of a CycleGAN two, --data A --data B.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for prior.safetensors, metrics.jsonl and the checkpoint.")],
     set: Annotated[
         list[str] | None, typer.Option("--set", help="Change a setting, e.g. training.steps=500; may be repeated.")

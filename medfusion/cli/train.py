@@ -31,7 +31,7 @@ LISTED = 10  # scans named for each remark of the audit; audit.csv has them all
 
 def train_prior(
     config_path: Path,
-    data: Path,
+    data: list[Path],
     out: Path,
     overrides: list[str],
     *,
@@ -42,12 +42,17 @@ def train_prior(
     overwrite: bool,
     resume: bool,
 ) -> int:
-    """Train on a folder of scans, and return the exit code."""
+    """Train on a folder of scans, or one of each domain, and return the exit code."""
     from medfusion.config import load_config
-    from medfusion.training import load_cases
+    from medfusion.training import load_cases, load_domains
 
     config = load_config(config_path, overrides)
-    load = partial(load_cases, data, config, exclude=exclude)
+    if config.cyclegan is not None:
+        load = partial(load_domains, data, config, exclude=exclude)
+    elif len(data) == 1:
+        load = partial(load_cases, data[0], config, exclude=exclude)
+    else:
+        raise MedfusionError(f"{len(data)} folders of data, and {config.name} is trained on one", fix="one --data")
     return train_cases(
         load, config, data, out, cache=cache, device=device, workers=workers, overwrite=overwrite, resume=resume
     )
@@ -56,7 +61,7 @@ def train_prior(
 def train_cases(
     load: Callable[..., tuple[list[Case], Audit]],
     config: Config,
-    data: Path,
+    data: list[Path],
     out: Path,
     *,
     cache: Path | None = None,
@@ -65,7 +70,7 @@ def train_cases(
     overwrite: bool = False,
     resume: bool = False,
 ) -> int:
-    """Train on the cases that ``load`` finds in the folder ``data``, and return the exit code.
+    """Train on the cases that ``load`` finds in the folders ``data``, and return the exit code.
 
     ``accelerate launch`` starts several processes: the first prints and writes, and each is given its device.
     """
@@ -84,7 +89,7 @@ def train_cases(
     if rank == 0:
         audit.save(out / "audit.csv")
     _show(console, audit)
-    name = "/".join(data.resolve().parts[-2:])  # imagesTr alone would say little
+    name = " and ".join("/".join(folder.resolve().parts[-2:]) for folder in data)  # imagesTr alone would say little
     finished = _train(
         console,
         cases,
@@ -98,7 +103,7 @@ def train_cases(
     if rank == 0:
         record = {
             "command": "train",
-            "data": str(data),
+            "data": [str(folder) for folder in data],
             "cache": str(cache),
             "scans": sorted({case.name for case in cases}),
             "audit": audit.summary(),
@@ -119,13 +124,14 @@ def train_cases(
     return 0
 
 
-def _check_folders(config: Config, data: Path, out: Path, cache: Path, overwrite: bool, resume: bool) -> None:
+def _check_folders(config: Config, data: list[Path], out: Path, cache: Path, overwrite: bool, resume: bool) -> None:
     """Refuse, before the scans are read and before anything is written, what would spoil an earlier run or the data."""
     from medfusion.io.output import check_output
     from medfusion.training import read_run
 
-    check_output(out, data)
-    check_output(cache, data)
+    for folder in data:
+        check_output(out, folder)
+        check_output(cache, folder)
     if resume and overwrite:
         raise MedfusionError("--overwrite and --resume exclude each other", fix="choose one of them")
     if resume:

@@ -173,6 +173,36 @@ class Crops:
         return crop, rng
 
 
+class Pairs:
+    """The endless training set of two domains: a crop of each, as two channels of one image, and nothing told of them.
+
+    A case's domain is its ``class_index``, 0 or 1.
+    """
+
+    def __init__(self, cases: Sequence[Case], config: DataConfig, seed: int) -> None:
+        domains = ([c for c in cases if c.class_index == k] for k in range(2))
+        self.domains = [Crops(domain, config, seed + k) for k, domain in enumerate(domains)]
+
+    def generator(self, number: int) -> np.random.Generator:
+        """As ``Crops``: of the first domain's crop, and of the noise."""
+        return self.domains[0].generator(number)
+
+    def case(self, rng: np.random.Generator) -> Case:
+        """As ``Crops``: the first domain's scan."""
+        return self.domains[0].case(rng)
+
+    def draw(self, number: int, *, located: bool) -> tuple[Crop, np.random.Generator]:
+        """As ``Crops``."""
+        (first, rng), (second, _) = (crops.draw(number, located=False) for crops in self.domains)
+        return first._replace(image=torch.cat([first.image, second.image])), rng
+
+
+def paired(crops: Sequence[Crop]) -> list[Crop]:
+    """Validation crops (batches of one) of two domains as pairs, as many as the smaller one has."""
+    first, second = ([crop for crop in crops if int(crop.class_index) == k] for k in range(2))
+    return [a._replace(image=torch.cat([a.image, b.image], dim=1)) for a, b in zip(first, second, strict=False)]
+
+
 def _by_labels(cases: Sequence[Case]) -> tuple[list[Case], list[Case]]:
     """Those with a label map, and those without."""
     return [c for c in cases if c.labels is not None], [c for c in cases if c.labels is None]
@@ -259,11 +289,15 @@ def validation_crops(cases: Sequence[Case], config: DataConfig, seed: int) -> li
     return crops
 
 
-def split(cases: Sequence[Case], held_out: int, seed: int) -> tuple[list[Case], list[Case]]:
+def split(cases: Sequence[Case], held_out: int, seed: int, *, domains: bool = False) -> tuple[list[Case], list[Case]]:
     """Training and validation cases; a scan and its skull-stripped twin (same name) stay on the same side.
 
-    Where enough scans have no label map, the held-out ones are of those: label maps are dear.
+    Where enough scans have no label map, the held-out ones are of those: label maps are dear. With ``domains`` so many
+    are held out of each.
     """
+    if domains:
+        parts = [split([c for c in cases if c.class_index == k], held_out, seed) for k in range(2)]
+        return [c for training, _ in parts for c in training], [c for _, validation in parts for c in validation]
     names = sorted({case.name for case in cases})
     unlabelled = sorted({case.name for case in cases if case.labels is None})
     names = unlabelled if held_out <= len(unlabelled) < len(names) else names

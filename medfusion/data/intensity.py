@@ -16,6 +16,7 @@ from scipy import ndimage
 
 from medfusion.errors import MedfusionError
 
+MASKED_OUT = 0.2  # of the voxels: so many with the lowest value are a mask (skull-stripped scans), not dark tissue
 SEEN = (
     -2.0,
     4.0,
@@ -46,6 +47,16 @@ def by_slice(work: Callable[..., NDArray[Any]], *arrays: NDArray[Any]) -> NDArra
     for k, slices in enumerate(zip(*arrays, strict=True)):
         out[k] = work(*slices)
     return out
+
+
+def within(array: NDArray[Any], scan: NDArray[Any]) -> NDArray[np.float32]:
+    """An array that was made of a scan, not below the scan's lowest value: what a mask left out of it stays out."""
+    lowest = scan.min()
+    outside = scan == lowest
+    array = np.maximum(array, lowest, dtype=np.float32)
+    if outside.mean() > MASKED_OUT:
+        array[outside] = lowest
+    return array
 
 
 def foreground(array: NDArray[Any]) -> NDArray[np.bool_]:

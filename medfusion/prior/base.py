@@ -118,8 +118,15 @@ class Prior:
         """Images (b, 1, d, h, w) as their codes tell them."""
         return self.decode(self.encode(image), image.shape[2:])
 
-    def translate(self, image: Tensor, other: Prior) -> Tensor:
-        """Images as the scanner of the other prior would show them: encoded by this one, decoded by the other."""
+    def translate(self, image: Tensor, other: Prior | str) -> Tensor:
+        """Images as the scanner of the other prior would show them: encoded by this one, decoded by the other.
+
+        Raises
+        ------
+        MedfusionError : ``other`` is the name of a domain, and this family has none.
+        """
+        if isinstance(other, str):
+            raise MedfusionError(f"{self.name}: is {self.kind}, which has no domain {other}", fix="name another prior")
         return other.decode(self.encode(image), image.shape[2:])
 
     def noise(self, generators: Sequence[torch.Generator]) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from medfusion.data.grid import canonical, from_canonical
-from medfusion.data.intensity import SEEN, foreground, measure_scale
+from medfusion.data.intensity import SEEN, foreground, measure_scale, within
 from medfusion.data.rician import stabilise, unbias
 from medfusion.data.seeds import case_generator
 from medfusion.data.zero_filling import acquired_shape, to_shape
@@ -38,7 +38,6 @@ from medfusion.tasks.tiles import tiled
 from medfusion.volume import Volume
 
 TILE = 192  # voxels along an edge: a tile with its surroundings needs 1.5 GB, and most MR volumes are one to four tiles
-MASKED_OUT = 0.2  # of the voxels: so many with the lowest value are a mask (skull-stripped scans), not dark tissue
 CORRELATED = 0.1  # of the noise that neighbours share: more, and half of it is taken for anatomy
 LEVEL_STEP = 1.25  # between the levels that are blended where the noise differs from place to place
 FEW = 5  # volumes of a 4D series whose noise is measured
@@ -118,7 +117,7 @@ def denoise_volume(
         image += clean[0, 0].numpy()
         whole = scale.invert(image)
         whole = unbias(whole, sigma) if noise.kind == "rician" else whole
-        return volume.with_array(_within(_on_the_grid_of(volume, whole, noise), volume.array))
+        return volume.with_array(within(_on_the_grid_of(volume, whole, noise), volume.array))
 
     shown = y if ratio.ndim == 0 else torch.cat([y, ratio[None, None]], dim=1)
     views = FOUR_TIMES if high_quality else ONCE
@@ -239,16 +238,6 @@ def _time_of(prior: Prior, ratio: float, name: str) -> float:
     if ratio > highest:
         raise MedfusionError(f"{name}: more noise than any time of the prior's process has", noise_ratio=f"{ratio:.3g}")
     return float(prior.process.time_of(ratio))
-
-
-def _within(array: NDArray[np.float32], noisy: NDArray[np.generic]) -> NDArray[np.float32]:
-    """Noise only widens the range of values, and what a mask left out stays out."""
-    lowest = noisy.min()
-    outside = noisy == lowest
-    array = np.maximum(array, lowest, dtype=np.float32)
-    if outside.mean() > MASKED_OUT:
-        array[outside] = lowest
-    return array
 
 
 def audit_denoised(volume: Volume, denoised: Denoised) -> Audit | None:

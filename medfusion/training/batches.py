@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from medfusion.config import Config
-from medfusion.data.crops import Case, Crop, Crops, stack
+from medfusion.data.crops import Case, Crop, Crops, Pairs, stack
 from medfusion.diffusion import lognormal_times
 from medfusion.prior import build_process
 
@@ -59,7 +59,8 @@ class Samples(Dataset[Sample]):
 
     def __init__(self, cases: Sequence[Case], config: Config) -> None:
         self.config = config
-        self.crops = Crops(cases, config.data, config.training.seed)
+        kind = Crops if config.cyclegan is None else Pairs
+        self.crops: Crops | Pairs = kind(cases, config.data, config.training.seed)
         self.process = build_process(config)
 
     def __getitem__(self, number: int) -> Sample:

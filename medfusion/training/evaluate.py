@@ -17,7 +17,7 @@ from medfusion.io import staged
 from medfusion.metrics import psnr
 from medfusion.networks import Autoencoder
 from medfusion.objectives.elbo import Rebuilt, divergence, elbo
-from medfusion.prior import GanPrior, Prior, half_width
+from medfusion.prior import CycleGanPrior, GanPrior, Prior, half_width
 from medfusion.training.batches import Sample, Shown
 
 VALIDATION_TIMES = (0.05, 0.1, 0.2, 0.4, 0.7, 0.95)
@@ -80,6 +80,40 @@ def validation_game(prior: GanPrior, crops: Sequence[Crop]) -> dict[str, float]:
         logits = [float(prior.network.discriminator(images).float().mean()) for images in (real, generated)]
     found = {"logit_real": round(logits[0], 4), "logit_generated": round(logits[1], 4)}
     return found | ({"diversity": round(_apart(generated) / _apart(real), 4)} if len(real) > 1 else {})
+
+
+@torch.no_grad()
+def validation_cycle(prior: CycleGanPrior, crops: Sequence[Crop]) -> dict[str, float]:
+    """For each domain: mean absolute error there and back, change by the translation, and the target's mean logits."""
+    found: dict[str, float] = {}
+    for k, name in enumerate(prior.domains):
+        other = prior.domains[1 - k]
+        images, targets = (torch.cat([crop.image[:, j : j + 1] for crop in crops]).to(prior.device) for j in (k, 1 - k))
+        translated = prior.translate(images, other)
+        judge = prior.network.discriminators[1 - k]
+        with half_width(prior.device):
+            logits = [float(judge(shown)[-1].float().mean()) for shown in (targets, translated)]
+        found |= {
+            f"{name}_cycle_error": round(float((prior.translate(translated, name) - images).abs().mean()), 4),
+            f"{name}_change": round(float((translated - images).abs().mean()), 4),
+            f"{other}_logit_real": round(logits[0], 4),
+            f"{other}_logit_translated": round(logits[1], 4),
+        }
+    return found
+
+
+@torch.no_grad()
+def cycle_picture(prior: CycleGanPrior, crops: Sequence[Crop], path: Path) -> None:
+    """A PNG: for up to four pairs, of each domain the slice, translated, and back."""
+    rows = []
+    for crop in crops[:PICTURED]:
+        row = []
+        for k, name in enumerate(prior.domains):
+            image = crop.image[:, k : k + 1].to(prior.device)
+            there = prior.translate(image, prior.domains[1 - k])
+            row += [each.cpu() for each in (image, there, prior.translate(there, name))]
+        rows.append(row)
+    _save_rows(rows, path)
 
 
 def _apart(images: Tensor) -> float:

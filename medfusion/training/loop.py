@@ -25,7 +25,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from torch import nn
 
 from medfusion.config import Config
-from medfusion.data.crops import Case, split, validation_crops
+from medfusion.data.crops import Case, paired, split, validation_crops
 from medfusion.errors import MedfusionError
 from medfusion.io import staged
 from medfusion.networks import Autoencoder
@@ -140,11 +140,13 @@ class _Run:
         self.stage, self.config, self.out = stage, stage.config, out
         self.accelerator, self.device = accelerator, accelerator.device
         config = stage.config
-        training, self.validation = split(cases, config.data.validation, config.training.seed)
-        if not training:
+        paired_up = config.cyclegan is not None
+        training, self.validation = split(cases, config.data.validation, config.training.seed, domains=paired_up)
+        if not training or (paired_up and len({case.class_index for case in training}) < 2):
             raise MedfusionError(f"{len(cases)} scan(s) and {config.data.validation} held out leave none to train on")
         self.scans = [case.name for case in training]
         self.held_out = validation_crops(self.validation, config.data, config.training.seed)
+        self.held_out = paired(self.held_out) if paired_up else self.held_out
         self.network, self.ema = _networks(stage, training if state is None else None, self.device)
         self.need = require_memory(stage, accelerator.num_processes, self.device)
         self.optimizers = build_optimizers(self.network, config.training)

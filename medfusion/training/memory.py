@@ -118,7 +118,9 @@ def _kept(stage: Stage, device: torch.device, edge: int) -> int:
     """Bytes that autograd keeps for the backward pass of one crop, and those of a block that is recomputed."""
     stage = with_settings(stage, "data", crop=edge)
     network = stage.build().to(device, memory_format=torch.channels_last_3d)  # type: ignore[call-overload]
-    crop = Crop(torch.zeros(1, 1, edge, edge, edge), torch.zeros(1, 4, *[edge // 2] * 3), None, torch.tensor([UNKNOWN]))
+    images = 1 if stage.config.cyclegan is None else 2
+    image, context = torch.zeros(1, images, edge, edge, edge), torch.zeros(1, 4, *[edge // 2] * 3)
+    crop = Crop(image, context, None, torch.tensor([UNKNOWN]))
     kept: dict[int, int] = {}
     inputs = [0]
 

@@ -48,3 +48,12 @@ def adversarial_loss(network: nn.Module, config: Config, shown: Shown) -> Tensor
     with half_width(shown.noise.device):
         losses = network(shown.crop.image, shown.noise, config.gan.game, config.gan.penalty)
     return losses[0] + losses[1]
+
+
+def cyclegan_loss(network: nn.Module, config: Config, shown: Shown) -> Tensor:
+    """(b,) what all networks of a CycleGAN lose; each one's gradient stays with it."""
+    game = config.cyclegan
+    assert game is not None
+    with half_width(shown.crop.image.device):
+        loss: Tensor = network(shown.crop.image, game.cycle, game.identity, game.penalty)
+    return loss

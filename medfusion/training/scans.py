@@ -57,6 +57,49 @@ def load_cases(
     return _loaded(folder, sources, problems, classes, excluded, config, cache, progress)
 
 
+def load_domains(
+    folders: Sequence[Path],
+    config: Config,
+    *,
+    cache: Path,
+    exclude: Sequence[str] = (),
+    progress: Callable[[int, int, str], None] = lambda done, total, name: None,
+) -> tuple[list[Case], Audit]:
+    """The scans of two domains, a folder each; as ``load_cases``, but that a domain with masks is skull-stripped alone.
+
+    The ``class_index`` of a case is the number of its domain, and its name begins with the name of it.
+
+    Raises
+    ------
+    MedfusionError : as ``load_cases``; or there are not as many folders as domains, or a pattern of ``exclude`` is not
+        of the form DOMAIN/NAME.
+    """
+    assert config.cyclegan is not None
+    domains = config.cyclegan.domains
+    if odd := [name for name in exclude if not name.startswith(tuple(f"{domain.name}/" for domain in domains))]:
+        raise MedfusionError(f"--exclude {odd[0]}: names no domain", fix=f"e.g. --exclude {domains[0].name}/NAME")
+    if len(folders) != len(domains):
+        raise MedfusionError(
+            f"{len(folders)} folder(s) for the domains {' and '.join(domain.name for domain in domains)}",
+            fix="--data FIRST --data SECOND, in this order",
+        )
+    cases, audits = list[Case](), []
+    for number, (folder, domain) in enumerate(zip(folders, domains, strict=True)):
+        data = config.data.model_copy(update={"images": domain.images, "masks": domain.masks})
+        of_it = config.model_copy(update={"data": data})
+        left_out = [name.removeprefix(f"{domain.name}/") for name in exclude if name.startswith(f"{domain.name}/")]
+        found, audit = load_cases(folder, of_it, cache=cache, exclude=left_out, progress=progress)
+        audits.append(audit)
+        cases += [
+            replace(case, name=f"{domain.name} {case.name}", kind=WHOLE_HEAD, class_index=number)
+            for case in found
+            if not domain.masks or case.kind == STRIPPED
+        ]
+    scans = tuple(scan for audit in audits for scan in audit.scans)
+    of = {scan.name: domain.name for domain, audit in zip(domains, audits, strict=True) for scan in audit.scans}
+    return cases, Audit(scans, config, of, tuple(name for audit in audits for name in audit.excluded))
+
+
 def load_training_set(
     real: TrainingSet,
     config: Config,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,29 +13,33 @@ from torch import Tensor, nn
 from medfusion.config import Config, TimesConfig
 from medfusion.data.crops import Case, Crop, mean_atlas
 from medfusion.errors import MedfusionError
-from medfusion.networks import Adversarial, Autoencoder, ResidualUNet, adopt, on_latents
+from medfusion.networks import Adversarial, Autoencoder, CycleGan, ResidualUNet, adopt, on_latents
 from medfusion.networks.residual_unet import ATLAS, ATLAS_REACH
 from medfusion.prior import (
     AutoencoderPrior,
+    CycleGanPrior,
     DiffusionPrior,
     GanPrior,
     Prior,
     build_adversarial,
     build_autoencoder,
+    build_cyclegan,
     build_network,
 )
 from medfusion.training.batches import Samples, Shown
 from medfusion.training.evaluate import (
+    cycle_picture,
     denoising_psnr,
     picture,
     reconstruction_picture,
     reconstruction_psnr,
     samples_picture,
     validation_bound,
+    validation_cycle,
     validation_game,
     validation_loss,
 )
-from medfusion.training.objective import adversarial_loss, autoencoder_loss, batch_loss, rebuilt
+from medfusion.training.objective import adversarial_loss, autoencoder_loss, batch_loss, cyclegan_loss, rebuilt
 
 SCALED_BY = 32  # crops from which the spread of the latents is measured
 
@@ -233,6 +237,43 @@ class Adversary:
         return GanPrior(self.config, network, provenance or {})
 
 
+@dataclass(frozen=True)
+class Translation:
+    """Two translators and two discriminators, as one network that loses what all lose."""
+
+    config: Config
+    folder: str = ""
+    settings: str = "training"
+    section: str = "cyclegan"
+
+    def build(self) -> CycleGan:
+        """As ``Stage``."""
+        return build_cyclegan(self.config)
+
+    def begin(self, network: CycleGan, cases: Sequence[Case]) -> None:
+        """Nothing: the translators begin as the identity."""
+
+    def loss(self, network: nn.Module, shown: Shown, share: float) -> Tensor:
+        """As ``Stage``."""
+        return cyclegan_loss(network, self.config, shown)
+
+    def validate(self, network: CycleGan, crops: Sequence[Crop]) -> dict[str, float]:
+        """How far an image comes back, how far it is moved, and what the discriminators make of it."""
+        return validation_cycle(self.prior(network), crops)
+
+    def draw(self, network: CycleGan, crops: Sequence[Crop], path: Path) -> None:
+        """Of pairs: an image, translated, and back; for both domains."""
+        cycle_picture(self.prior(network), crops, path)
+
+    def measures(self, network: CycleGan, crops: Sequence[Crop]) -> dict[str, Any]:
+        """Nothing: ``validate`` has all."""
+        return {}
+
+    def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> CycleGanPrior:
+        """As ``Stage``."""
+        return CycleGanPrior(self.config, network, provenance or {})
+
+
 def autoencoding(config: Config) -> Autoencoding:
     """The first stage of latent diffusion: its own steps, batch and rate, what it shares as in ``config.training``."""
     own = config.autoencoder
@@ -246,7 +287,13 @@ def autoencoding(config: Config) -> Autoencoding:
 
 def only_stage(config: Config) -> Stage:
     """That of a family without a first one."""
-    return {"diffusion": Diffusion, "autoencoder": Autoencoding, "gan": Adversary}[config.family](config)
+    kinds: dict[str, Callable[[Config], Stage]] = {
+        "diffusion": Diffusion,
+        "autoencoder": Autoencoding,
+        "gan": Adversary,
+        "cyclegan": Translation,
+    }
+    return kinds[config.family](config)
 
 
 def with_settings(stage: Stage, section: str, **changes: object) -> Stage:

@@ -47,7 +47,7 @@ def run(tmp_path: Path, *overrides: str, overwrite: bool = False, resume: bool =
     """Train on NIfTI files and masks in this process."""
     config, data, out = tmp_path / "tiny.yaml", tmp_path / "data", tmp_path / "out"
     options = OPTIONS | {"overwrite": overwrite, "resume": resume} | options
-    return train_prior(config, data, out, [*MASKED, *overrides], **options)
+    return train_prior(config, [data], out, [*MASKED, *overrides], **options)
 
 
 def steps(out: Path) -> list[int]:
@@ -121,7 +121,7 @@ def test_dicom_series_without_masks(tmp_path: Path) -> None:
         write_series(tmp_path / "data" / str(number), array, affine, SeriesNumber=number)
     out = tmp_path / "out"
     options = OPTIONS | {"overwrite": False, "resume": False}
-    assert train_prior(write_config(tmp_path), tmp_path / "data", out, [], **options) == 0
+    assert train_prior(write_config(tmp_path), [tmp_path / "data"], out, [], **options) == 0
     assert Prior.load(out / "prior.safetensors").provenance["training_scans"] == 1
 
 
@@ -170,7 +170,7 @@ def test_the_output_lies_apart_from_the_data(tmp_path: Path) -> None:
     options = OPTIONS | {"overwrite": False, "resume": False}
     for out, cache in ((data / "run", None), (tmp_path / "run", data / "cache")):
         with pytest.raises(MedfusionError, match="the output lies inside the input"):
-            train_prior(write_config(tmp_path), data, out, MASKED, **options | {"cache": cache})
+            train_prior(write_config(tmp_path), [data], out, MASKED, **options | {"cache": cache})
 
 
 def test_every_problem_is_listed(tmp_path: Path) -> None:
