@@ -113,6 +113,8 @@ def main() -> None:
     folder = asked.out.resolve()
     if folder.exists():
         raise SystemExit(f"{folder} is there already")
+    if asked.pictures:
+        asked.pictures.mkdir(parents=True, exist_ok=True)
     reader.write_study(folder)
     medfusion(folder, "sizes", "--errors", "20", "--cases", "cases.csv", *DEFINE, "--available", "150")
     medfusion(
