@@ -155,20 +155,30 @@ class Diffusion:
 
 
 @dataclass(frozen=True)
-class Autoencoding:
-    """An autoencoder: a family of its own, or that of a latent prior as ``autoencoding`` makes it."""
+class _Only:
+    """What the families without a first stage share: random first weights, and nothing on the card but ``validate``."""
 
     config: Config
     folder: str = ""
     settings: str = "training"
+
+    def begin(self, network: nn.Module, cases: Sequence[Case]) -> None:
+        """Nothing: the weights are random, or as ``build`` leaves them."""
+
+    def measures(self, network: nn.Module, crops: Sequence[Crop]) -> dict[str, Any]:
+        """Nothing: ``validate`` has all."""
+        return {}
+
+
+@dataclass(frozen=True)
+class Autoencoding(_Only):
+    """An autoencoder: a family of its own, or that of a latent prior as ``autoencoding`` makes it."""
+
     section: str = "autoencoder"
 
     def build(self) -> Autoencoder:
         """As ``Stage``."""
         return build_autoencoder(self.config)
-
-    def begin(self, network: Autoencoder, cases: Sequence[Case]) -> None:
-        """Nothing: the weights are random."""
 
     def loss(self, network: nn.Module, shown: Shown, share: float) -> Tensor:
         """As ``Stage``."""
@@ -182,10 +192,6 @@ class Autoencoding:
     def draw(self, network: Autoencoder, crops: Sequence[Crop], path: Path) -> None:
         """Clean and rebuilt slices."""
         reconstruction_picture(network, crops, path)
-
-    def measures(self, network: Autoencoder, crops: Sequence[Crop]) -> dict[str, Any]:
-        """Nothing: ``validate`` has all."""
-        return {}
 
     def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> AutoencoderPrior:
         """As ``Stage``."""
@@ -201,20 +207,14 @@ class Autoencoding:
 
 
 @dataclass(frozen=True)
-class Adversary:
+class Adversary(_Only):
     """A generator and a discriminator, as one network that loses what both lose."""
 
-    config: Config
-    folder: str = ""
-    settings: str = "training"
     section: str = "gan"
 
     def build(self) -> Adversarial:
         """As ``Stage``."""
         return build_adversarial(self.config)
-
-    def begin(self, network: Adversarial, cases: Sequence[Case]) -> None:
-        """Nothing: the weights are random."""
 
     def loss(self, network: nn.Module, shown: Shown, share: float) -> Tensor:
         """As ``Stage``."""
@@ -228,30 +228,20 @@ class Adversary:
         """Held-out crops and samples."""
         samples_picture(self.prior(network), crops, path)
 
-    def measures(self, network: Adversarial, crops: Sequence[Crop]) -> dict[str, Any]:
-        """Nothing: ``validate`` has all."""
-        return {}
-
     def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> GanPrior:
         """As ``Stage``."""
         return GanPrior(self.config, network, provenance or {})
 
 
 @dataclass(frozen=True)
-class Translation:
+class Translation(_Only):
     """Two translators and two discriminators, as one network that loses what all lose."""
 
-    config: Config
-    folder: str = ""
-    settings: str = "training"
     section: str = "cyclegan"
 
     def build(self) -> CycleGan:
         """As ``Stage``."""
         return build_cyclegan(self.config)
-
-    def begin(self, network: CycleGan, cases: Sequence[Case]) -> None:
-        """Nothing: the translators begin as the identity."""
 
     def loss(self, network: nn.Module, shown: Shown, share: float) -> Tensor:
         """As ``Stage``."""
@@ -264,10 +254,6 @@ class Translation:
     def draw(self, network: CycleGan, crops: Sequence[Crop], path: Path) -> None:
         """Of pairs: an image, translated, and back; for both domains."""
         cycle_picture(self.prior(network), crops, path)
-
-    def measures(self, network: CycleGan, crops: Sequence[Crop]) -> dict[str, Any]:
-        """Nothing: ``validate`` has all."""
-        return {}
 
     def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> CycleGanPrior:
         """As ``Stage``."""
