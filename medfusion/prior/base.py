@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import resources
@@ -22,7 +23,7 @@ REFERENCE = "reference.{}."  # begins the names of the arrays of the healthy ref
 
 
 @dataclass(frozen=True, eq=False)
-class Prior:
+class Prior(ABC):
     """A trained model of one family; ``load`` returns its subclass, which says what it can do.
 
     Attributes
@@ -44,9 +45,9 @@ class Prior:
         Prior.FAMILIES[family] = cls
 
     @classmethod
+    @abstractmethod
     def untrained(cls, config: Config, provenance: dict[str, Any]) -> Prior:
         """With freshly initialised networks."""
-        raise NotImplementedError
 
     @property
     def modules(self) -> dict[str, nn.Module]:
@@ -54,9 +55,9 @@ class Prior:
         return {"": self.network}
 
     @property
+    @abstractmethod
     def kind(self) -> str:
         """The family in words."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:

@@ -365,6 +365,11 @@ def test_what_is_there_stays_there(folder: Path) -> None:
     errors("report", folder / "cases.csv", folder, *define, "--tags", folder / "tags.csv", "--overwrite")
     assert (folder / "cases.csv").read_text() == cases
     assert (folder / "tags.csv").read_text() == "case,reviewer,tag\nk000,ann,small\n"
+    (folder / "study" / "tables").mkdir(parents=True)
+    (folder / "study" / "tables" / "mine.csv").write_text("a\n")
+    done = medfusion("errors", "report", folder / "cases.csv", folder / "study", *define, "--overwrite")
+    assert_refused(done, "is of no report")
+    assert (folder / "study" / "tables" / "mine.csv").exists()
     scans = folder / "scans"
     scans.mkdir()
     (scans / "k000.nii.gz").write_text("")
@@ -387,6 +392,11 @@ def test_a_table_of_another_system_is_not_resumed(folder: Path) -> None:
     assert table.read_bytes() == before
     system.write_text(SYSTEM.replace("LAST", "6").replace('return {"truth"', 'return {"case"'))
     assert_refused(medfusion("errors", "run", system, table, "--resume"), "score() has to return")
+    (folder / "one.csv").write_text("".join(before.decode().splitlines(keepends=True)[:5]))  # a single case
+    one = (folder / "one.csv").read_bytes()
+    system.write_text(SYSTEM.replace("LAST", "6").replace("mass", "tumour"))
+    assert_refused(medfusion("errors", "run", system, folder / "one.csv", "--resume"), "made with other components")
+    assert (folder / "one.csv").read_bytes() == one
     system.write_text("raise SystemExit(3)\n")
     assert_refused(medfusion("errors", "run", system, folder / "new.csv"), "cannot be executed")
     assert table.read_bytes() == before

@@ -62,8 +62,9 @@ def report_command(
     from medfusion.report.page import write_report
 
     page = output / "report.html"
-    for path in (page, output / TABLES):
-        refuse_existing(path, overwrite)
+    refuse_existing(page, overwrite)
+    if (output / TABLES).exists() and not page.exists():
+        raise MedfusionError(f"{output / TABLES}: is there already, and is of no report", fix="choose another folder")
     definition, judged = judged_cases(cases, define)
     judged = cases_to_see(judged, split)
     table = agree = blamed = slices = None

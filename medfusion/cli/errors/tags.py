@@ -87,8 +87,8 @@ def tag_command(
     except OSError as error:
         raise MedfusionError(f"--port {port}: cannot be used ({error.strerror})", fix="leave --port out") from error
     if as_json:
-        about = {"address": server.address, "cases": len(shown), "store": str(store), "definition": definition.hash}
-        typer.echo(json.dumps(about))  # a single line: whoever reads it knows when it is whole
+        told = {"address": server.address, "cases": len(shown), "store": str(store), "definition": definition.hash}
+        typer.echo(json.dumps(told))  # a single line: whoever reads it knows when it is whole
     else:
         typer.echo(f"{len(shown)} cases to look at. Open this address on this machine, and keep it to yourself:")
         typer.echo(f"  {server.address}")
