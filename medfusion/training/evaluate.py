@@ -25,7 +25,7 @@ NOISE_LEVELS = (0.05, 0.10, 0.20)  # of the range from air to bright tissue
 TISSUE = -0.8  # decibels are taken where the clean crop is above it
 SAMPLES = 8  # drawn to see how they vary
 IN_USE = 0.1  # standard deviation of a latent's mean
-PICTURED, PICTURED_NOISE, SAMPLING_STEPS = 4, 0.2, 12
+PICTURED, PICTURED_NOISE, SAMPLING_STEPS, TRAVERSED = 4, 0.2, 12, 5
 
 
 @torch.no_grad()
@@ -159,8 +159,25 @@ def reconstruction_psnr(autoencoder: Autoencoder, crops: Sequence[Crop]) -> floa
 
 @torch.no_grad()
 def reconstruction_picture(autoencoder: Autoencoder, crops: Sequence[Crop], path: Path) -> None:
-    """A PNG: for up to four held-out crops the slice, and the same rebuilt from its latents."""
-    _save_rows([(crop.image, _rebuilt(autoencoder, crop)) for crop in crops[:PICTURED]], path)
+    """A PNG: for up to four held-out crops the slice, the same rebuilt from its latents, and a latent's traversal.
+
+    Each row shows another latent (a map of them everywhere alike), of those that vary most over the crops the next one,
+    at its mean and one and two standard deviations to either side, all others as they are.
+    """
+    device = autoencoder.scale.device
+    with half_width(device):
+        codes = [autoencoder.encode(crop.image.to(device)).float() for crop in crops]
+    values = torch.cat([code.mean(dim=(2, 3, 4)) for code in codes])  # (crops, latents)
+    mean, spread = values.mean(dim=0), values.std(dim=0, correction=0)
+    rows = []
+    for crop, code, latent in zip(crops[:PICTURED], codes, spread.argsort(descending=True).tolist(), strict=False):
+        places = mean[latent] + spread[latent] * torch.linspace(-2, 2, TRAVERSED).to(device)
+        moved = code.repeat(TRAVERSED, 1, 1, 1, 1)
+        moved[:, latent] = places.view(-1, 1, 1, 1)
+        with half_width(device):
+            shown = autoencoder.decode(torch.cat([code, moved])).float().cpu()
+        rows.append((crop.image, *shown.split(1)))
+    _save_rows(rows, path)
 
 
 @torch.no_grad()

@@ -190,7 +190,7 @@ class Autoencoding(_Only):
         return bound | {"reconstruction_psnr": reconstruction_psnr(network, crops)}
 
     def draw(self, network: Autoencoder, crops: Sequence[Crop], path: Path) -> None:
-        """Clean and rebuilt slices."""
+        """Clean and rebuilt slices, and what single latents do."""
         reconstruction_picture(network, crops, path)
 
     def prior(self, network: Any, provenance: dict[str, Any] | None = None) -> AutoencoderPrior:

@@ -3,19 +3,24 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.image import imread
 from prior_factory import grid, head, random_prior, saved, tiny_config
 from toy_runs import rows, toy_cases
 
 from medfusion.config import Config
-from medfusion.data.crops import Case
+from medfusion.data.crops import Case, validation_crops
 from medfusion.errors import MedfusionError
-from medfusion.prior import AutoencoderPrior, DiffusionPrior, Prior
+from medfusion.prior import AutoencoderPrior, DiffusionPrior, Prior, build_autoencoder
 from medfusion.tasks.denoise import denoise_volume
 from medfusion.training import train
+from medfusion.training.evaluate import reconstruction_picture
 from medfusion.training.watch import lost
 from medfusion.volume import Volume
+
+STEP = 2 / 255  # matplotlib cuts a grey value off twice: to the colour map, and to bytes
 
 
 def vae_config(**autoencoder: Any) -> Config:
@@ -110,3 +115,25 @@ def test_configs_that_make_no_sense() -> None:
         Config.model_validate(tree)
     with pytest.raises(ValueError, match="no multiple of 32"):
         vae_config(channels=[8] * 6)
+
+
+def test_the_picture_shows_what_single_latents_do(tmp_path: Path, cases: list[Case]) -> None:
+    """Of a crop a row: itself, rebuilt, and five values of a latent, the middle one of which is the crops' mean."""
+    torch.manual_seed(0)
+    autoencoder = build_autoencoder(vae_config())
+    crops = validation_crops(cases[:2], vae_config().data, seed=0)
+    reconstruction_picture(autoencoder, crops, tmp_path / "picture.png")
+    shown = imread(tmp_path / "picture.png")[..., 0].reshape(2, 16, 7, 16).transpose(0, 2, 1, 3)  # (row, column, y, x)
+    np.testing.assert_allclose(shown[:, 0], [_as_shown(crop.image) for crop in crops], atol=STEP)
+    code = torch.cat([autoencoder.encode(crop.image) for crop in crops])
+    latent = code.mean(dim=(2, 3, 4)).std(dim=0).argmax()
+    moved = code[:1].clone()
+    moved[:, latent] = code[:, latent].mean()
+    np.testing.assert_allclose(shown[0, 1], _as_shown(autoencoder.decode(code[:1])), atol=STEP)
+    np.testing.assert_allclose(shown[0, 4], _as_shown(autoencoder.decode(moved)), atol=STEP)
+    assert not np.allclose(shown[0, 2], shown[0, 6], atol=2 * STEP)
+
+
+def _as_shown(image: torch.Tensor) -> Any:
+    """The middle slice (y, x) of an image as a PNG has it, black 0 and white 1."""
+    return (image.detach()[0, 0, :, :, 8].T.flip(0).clamp(-1, 1).numpy() + 1) / 2

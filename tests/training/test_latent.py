@@ -53,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, cases: list[Case]) -> tupl
 def test_one_run_leaves_one_prior_with_its_autoencoder(trained: tuple[Prior, Path]) -> None:
     prior, out = trained
     assert [row["step"] for row in rows(out / "autoencoder") if "loss" in row] == [2, 4]
-    assert imread(out / "autoencoder" / "pictures" / "step_0000004.png").shape[:2] == (16, 32)
+    assert imread(out / "autoencoder" / "pictures" / "step_0000004.png").shape[:2] == (16, 7 * 16)
     assert imread(out / "pictures" / "step_0000004.png").shape[:2] == (16, 64)
     again, x = Prior.load(out / "prior.safetensors"), torch.randn(1, 1, 17, 15, 22)
     assert again.autoencoder is not None
