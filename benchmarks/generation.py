@@ -25,7 +25,6 @@ import torch
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
-from scipy import ndimage
 from torch import nn
 
 from medfusion.config import SegmenterConfig
@@ -35,7 +34,7 @@ from medfusion.data.label_maps import new_label_map, warp_image
 from medfusion.data.seeds import case_generator
 from medfusion.diffusion import ddim, ddpm, dpm_solver, noise_like, time_steps
 from medfusion.io.training_set import read_training_set
-from medfusion.metrics.generative import frechet_distance, mmd, pairwise_ms_ssim
+from medfusion.metrics.generative import frechet_distance, mmd, pairwise_ms_ssim, texture
 from medfusion.prior import Prior
 from medfusion.tasks.audit_synthetic import nearness, standardised, thumbnails
 from medfusion.tasks.draw_case import LAST
@@ -83,11 +82,6 @@ def draw(prior: Prior, case: Case, sampler: str, steps: int, guidance: float, st
         solve = {"dpm_solver": dpm_solver, "ddim": ddim}[sampler]
         x = solve(denoise, x, time_steps(prior.process, steps, "log_snr", start=start))
     return x[0, 0].clamp(*SEEN).float().numpy()
-
-
-def texture(image: Image) -> float:
-    """How much the voxels differ from their surroundings."""
-    return float((image - ndimage.uniform_filter(image, 3))[2:-2, 2:-2, 2:-2].std())
 
 
 class Judge:

@@ -174,6 +174,17 @@ def ms_ssim_weights(edge: int) -> list[float]:
     return [weight / sum(SCALES[:number]) for weight in SCALES[:number]]
 
 
+def texture(volume: NDArray[Any]) -> float:
+    """How much voxels differ from what is around them: standard deviation of a volume less its mean over 3^3 voxels.
+
+    Less than that of real volumes where they are blurred, more where they are noisy; without the outermost two voxels.
+    """
+    from scipy import ndimage
+
+    detail = volume - ndimage.uniform_filter(volume.astype(np.float64), 3)
+    return float(detail[2:-2, 2:-2, 2:-2].std())
+
+
 def patch_distance(
     real: NDArray[np.float32], generated: NDArray[np.float32], *, levels: int = 3, seed: int = 0
 ) -> NDArray[np.float64]:

@@ -17,6 +17,7 @@ from medfusion.metrics.generative import (
     ms_ssim_weights,
     pairwise_ms_ssim,
     precision_recall,
+    texture,
 )
 
 SPECTRUM = 1 / np.arange(1, 33)  # standard deviations of 32 features: a few directions hold most of the variance
@@ -229,3 +230,11 @@ def test_brightness_is_seen_at_the_coarsest_level_alone():
 def test_sets_of_other_shapes_are_refused():
     with pytest.raises(ValueError, match="one shape"):
         patch_distance(_noise(0), _noise(1)[:8])
+
+
+def test_texture_is_what_differs_from_its_surroundings() -> None:
+    """Nothing of a ramp; of white noise all but the mean of 27 voxels, 1 - 1/27 of the variance."""
+    ramp = np.add.outer(np.arange(20.0), np.add.outer(2 * np.arange(21.0), -np.arange(22.0)))
+    assert texture(ramp) < 1e-10
+    noise = np.random.default_rng(0).standard_normal((48, 48, 48))
+    np.testing.assert_allclose(texture(3 * noise), 3 * (1 - 1 / 27) ** 0.5, rtol=0.01)
