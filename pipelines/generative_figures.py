@@ -60,8 +60,8 @@ def learning(curves: Mapping[str, Sequence[Sequence[Mapping[str, float]]]]) -> b
     return _png(figure)
 
 
-def grid(samples: Mapping[str, NDArray[np.float32]]) -> bytes:
-    """The middle axial slice of volumes (n, d, h, w), from -1 to +1, as PNG: a row for each family."""
+def grid(samples: Mapping[str, Sequence[NDArray[np.float32]]]) -> bytes:
+    """The middle axial slices of volumes (d, h, w), from -1 to +1, as PNG: a row for each name."""
     most = max(len(volumes) for volumes in samples.values())
     figure = Figure(figsize=(9.6, 1.35 * len(samples)), dpi=110, layout="constrained")
     places = figure.subplots(len(samples), most, squeeze=False)

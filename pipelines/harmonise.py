@@ -16,7 +16,8 @@ What is measured of a method:
              0.5 is chance. The first may be fooled by what the second still sees.
   overlap    Dice of three tissues before and after, by Otsu's thresholds in the brain: mean over scans, and the lowest
   change     mean absolute, of the range
-All that is made is kept under OUT and not made again. `OUT/scans.png` shows a brain of each scanner in every way.
+All that is made is kept under OUT and not made again. OUT/SCANNER_as_OTHER.png shows five brains in every way, above
+five of the other scanner.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from generative_figures import grid
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
@@ -48,7 +50,6 @@ from medfusion.data.intensity import measure_scale
 from medfusion.io import discover, read, write_nifti
 from medfusion.io.companions import companion, read_labels
 from medfusion.metrics import dice
-from medfusion.report.figures import comparison_figure
 from medfusion.tasks.features import features
 from medfusion.tasks.translate import translate
 from medfusion.training import load_cases, load_domains, train
@@ -59,6 +60,7 @@ SCANNERS = ("ixi", "oasis")
 EDGE, CROPS = 32, 16  # of crops, and how many of a scan are judged
 CLASSIFIER_STEPS, CLASSIFIER_BATCH = 400, 8
 BRAIN = -0.95  # values above it, in the prior's units, lie in a stripped brain
+SHOWN = 5  # brains of a row
 METHODS = ("none", "histogram", "cyclegan", "diffusion")
 
 
@@ -226,7 +228,7 @@ def main() -> None:
     table = Table("from", "to", "method", "caught", "told apart", "overlap", "lowest", "change")
     for source, target in (SCANNERS, SCANNERS[::-1]):
         before, real = (volumes(scans(asked.out, scanner, "dev")) for scanner in (source, target))
-        columns = {source: before[0]}
+        rows = {source: before}
         for method in asked.methods:
             made = translated(asked.out, method, source, target)
             pairs = list(zip(before, made, strict=True))
@@ -235,9 +237,9 @@ def main() -> None:
             found = caught(asked.out, made, source), told_apart(made, real), np.mean(overlaps), min(overlaps), change
             table.add_row(source, target, method, *(f"{value:.3f}" for value in found))
             print(source, target, method, *found, flush=True)
-            columns |= {method: made[0]} if method != "none" else {}
-        png = comparison_figure(columns | {target: real[0]})
-        (asked.out / f"{source}_as_{target}.png").write_bytes(png)
+            rows |= {f"{source} as {target}, {method}": made} if method != "none" else {}
+        shown = {name: [seen(scan) for scan in some[:SHOWN]] for name, some in (rows | {target: real}).items()}
+        (asked.out / f"{source}_as_{target}.png").write_bytes(grid(shown))
     Console(width=110).print(table)
 
 
