@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 CONTEXT = 4  # channels that say where in the head a voxel lies (x, y, z) and what kind of image this is
 ATLAS = (1, 2, 64, 64, 64)  # mean whole and mean skull-stripped image around the foreground's centroid
+AIR = -1.0  # what the atlas shows where there is nothing
 ATLAS_REACH = 1.28  # from the centre to the outermost atlas voxels, in the unit of the position channels (decimetres)
 EMBEDDING = 64
 DETAIL = 0.05  # below this noise (standard deviation) detail is no longer shown in units of the noise
@@ -103,6 +104,8 @@ class ResidualUNet(nn.Module):
         self.classes = nn.Embedding(classes + 1, EMBEDDING, padding_idx=0) if classes else None  # 0: not told
         if located:
             self.register_buffer("atlas", torch.zeros(ATLAS))
+            self.register_state_dict_post_hook(_without_air)
+            self.register_load_state_dict_pre_hook(_with_air)
         if stem:
             self.first, self.refine = _conv(2 * images, stem), Residual(stem)
             self.last = _conv(stem, images * outputs)
@@ -189,6 +192,20 @@ class ResidualUNet(nn.Module):
         atlas = self.atlas.float().expand(len(context), *ATLAS[1:])
         sampled = F.grid_sample(atlas, grid, padding_mode="border", align_corners=True)
         return sampled * known[:, None, None, None, None]
+
+
+def _without_air(network: nn.Module, state: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """Leave out the skull-stripped mean where no image was such, and it is air: half a megabyte of a prior's file."""
+    atlas = state[f"{prefix}atlas"]
+    if bool((atlas[:, 1:] == AIR).all()):
+        state[f"{prefix}atlas"] = atlas[:, :1]
+
+
+def _with_air(network: nn.Module, state: dict[str, Tensor], prefix: str, *_: object) -> None:
+    """The inverse of ``_without_air``."""
+    atlas = state.get(f"{prefix}atlas")
+    if atlas is not None:
+        state[f"{prefix}atlas"] = F.pad(atlas, (0, 0) * 3 + (0, ATLAS[1] - atlas.shape[1]), value=AIR)
 
 
 def detail(x: Tensor, log_noise_ratio: Tensor) -> Tensor:

@@ -152,3 +152,15 @@ def test_networks_of_other_layers_are_not_adopted():
         adopt(ResidualUNet((8, 24), (1, 1)), _network())
     with pytest.raises(ValueError, match="differ in channels"):
         adopt(ResidualUNet((8, 16), (1, 1), stem=4), _network())
+
+
+@pytest.mark.parametrize(("stripped", "channels"), [(-1.0, 1), (0.5, 2)])
+def test_a_mean_of_images_that_there_were_none_of_takes_no_room(stripped: float, channels: int) -> None:
+    network, other = _network(located=True), _network(located=True)
+    network.atlas[0, 0] = torch.rand(network.atlas.shape[2:])
+    network.atlas[0, 1] = stripped
+    state = network.state_dict()
+    assert state["atlas"].shape[1] == channels
+    other.load_state_dict(state)
+    assert torch.equal(other.atlas, network.atlas)
+    assert state["atlas"].shape[1] == channels  # the caller's is left as it was
