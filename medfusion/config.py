@@ -144,6 +144,7 @@ class DataConfig(Strict):
     zoomed_share: float = Field(0.25, ge=0, le=1)  # of the crops without position: enlarged up to twice
     remapped_share: float = Field(0.0, ge=0, le=1)  # of the crops that get another contrast by a random curve
     painted_share: float = Field(0.0, ge=0, le=1)  # of the crops that get another contrast region by region
+    varied: bool = True  # the other crops are a little brighter or darker than the scan, as on another scanner
     flips: Literal["", "x", "xyz"] = "x"  # x: left and right alone; none where labels tell left from right
     validation: int = Field(8, ge=1)  # scans held out, chosen by the seed
     crop: int = Field(64, ge=16, multiple_of=16)  # edge of a training cube in voxels
@@ -241,9 +242,12 @@ class Config(Strict):
     def _the_family_is_described(self) -> Config:
         if self.family != "diffusion" and getattr(self, self.family) is None:
             raise ValueError(f"the family {self.family} needs the section {self.family}")
-        for section in ("gan", "cyclegan"):
-            if getattr(self, section) is not None and self.family != section:
+        for section in ("autoencoder", "gan", "cyclegan"):
+            of = ("diffusion", section) if section == "autoencoder" else (section,)
+            if getattr(self, section) is not None and self.family not in of:
                 raise ValueError(f"the family {self.family} has no section {section}")
+        if self.training.start and self.family != "diffusion":
+            raise ValueError(f"the family {self.family} starts from random weights: no training.start")
         return self
 
     @model_validator(mode="after")
@@ -252,6 +256,8 @@ class Config(Strict):
             raise ValueError(
                 f"data.crop is no multiple of {self.multiple}, a factor of 2 for each level that halves it"
             )
+        if self.cyclegan is not None and self.data.crop < 3 * 2**self.cyclegan.layers:
+            raise ValueError(f"cyclegan.layers halves crops of {self.data.crop} voxels too often: 3 have to be left")
         return self
 
     @property

@@ -161,6 +161,10 @@ class Crops:
             pool = labelled or unlabelled
         return pool[int(rng.integers(len(pool)))]
 
+    def cases(self, number: int) -> list[Case]:
+        """The scan that crop ``number`` is cut from."""
+        return [self.case(self.generator(number))]
+
     def draw(self, number: int, *, located: bool) -> tuple[Crop, np.random.Generator]:
         """Crop ``number`` and its generator, to draw the noise from; the crop lies where the cases' images are.
 
@@ -183,16 +187,12 @@ class Pairs:
         domains = ([c for c in cases if c.class_index == k] for k in range(2))
         self.domains = [Crops(domain, config, seed + k) for k, domain in enumerate(domains)]
 
-    def generator(self, number: int) -> np.random.Generator:
-        """As ``Crops``: of the first domain's crop, and of the noise."""
-        return self.domains[0].generator(number)
-
-    def case(self, rng: np.random.Generator) -> Case:
-        """As ``Crops``: the first domain's scan."""
-        return self.domains[0].case(rng)
+    def cases(self, number: int) -> list[Case]:
+        """The scan of each domain that pair ``number`` is cut from."""
+        return [case for crops in self.domains for case in crops.cases(number)]
 
     def draw(self, number: int, *, located: bool) -> tuple[Crop, np.random.Generator]:
-        """As ``Crops``."""
+        """As ``Crops``; the generator is the first domain's."""
         (first, rng), (second, _) = (crops.draw(number, located=False) for crops in self.domains)
         return first._replace(image=torch.cat([first.image, second.image])), rng
 
@@ -262,6 +262,8 @@ def _other_contrast(crop: Tensor, labels: Tensor | None, config: DataConfig, rng
         return paint(crop, labels, rng)
     if chosen < config.painted_share + config.remapped_share:
         return remap(crop, random_curve(rng))
+    if not config.varied:
+        return crop
     gain, gamma = np.exp(rng.normal(0, (GAIN, GAMMA)))
     brightness = (crop + 1) / 2
     return 2 * gain * brightness.sign() * brightness.abs() ** gamma - 1

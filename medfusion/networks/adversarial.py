@@ -64,5 +64,11 @@ class Adversarial(nn.Module):
         of_real, of_generated = judged.chunk(2)
         loss = discriminator_loss(of_real, of_generated, game)
         if weight:
-            loss = loss + weight * penalty(lambda x: self.discriminator(x)[:, 0], real, shown, game)
+            at = real if game == "nonsaturating" else torch.lerp(real, shown, _any_share(noise, real))
+            loss = loss + weight * penalty(lambda x: self.discriminator(x)[:, 0], at, game)
         return generator_loss(verdict, game), loss
+
+
+def _any_share(noise: Tensor, like: Tensor) -> Tensor:
+    """Uniform in [0, 1), one an image, as its noise fixes it: a resumed run draws again what an unbroken one does."""
+    return (1e3 * noise.flatten(1).sum(dim=1)).remainder(1).view(-1, *[1] * (like.ndim - 1)).to(like)

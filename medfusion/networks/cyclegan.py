@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from medfusion.networks.adversarial import NORMALISED, SLOPE
+from medfusion.networks.adversarial import SLOPE
 from medfusion.objectives.adversarial import Game, discriminator_loss, generator_loss, penalty
 
 GAME: Game = "nonsaturating"
@@ -25,7 +25,8 @@ class Translator(nn.Module):
 
         self.factor = 2 ** (len(channels) - 1)
         strides = [2] * (len(channels) - 1)
-        self.unet = UNet(3, 1, channels[0], channels, strides, num_res_units=2, act=SLOPE, norm=NORMALISED)
+        # without a norm, which would make a voxel depend on how much air the volume has: it is trained on crops
+        self.unet = UNet(3, 1, channels[0], channels, strides, num_res_units=2, act=SLOPE, norm=None)  # type: ignore[arg-type]
         self.last = nn.Conv3d(channels[0], 1, 1)
         nn.init.zeros_(self.last.weight)  # it begins as the identity
         assert self.last.bias is not None
@@ -53,7 +54,7 @@ class CycleGan(nn.Module):
     def forward(self, pairs: Tensor, cycle: float, identity: float, weight: float) -> Tensor:
         """(b,) what all four networks lose on pairs (b, 2, d, h, w) of images that have nothing else in common.
 
-        Adversarial losses as in ``Adversarial``, a mean over patches; ``cycle`` times the mean absolute error of there
+        Adversarial losses as in ``Adversarial``, means over patches; ``cycle`` times the mean absolute error of there
         and back; ``identity`` times that of an image that is in the target domain already; ``weight`` times R1.
         """
         images = pairs[:, :1], pairs[:, 1:]
@@ -64,12 +65,11 @@ class CycleGan(nn.Module):
             total = total + cycle * _error(back(translated), image) + identity * _error(there(target), target)
             judge = self.discriminators[1 - k]
             constants = {name: value.detach() for name, value in judge.named_parameters()}
-            verdict = _verdict(partial(functional_call, judge, constants), translated)
-            shown = translated.detach()
-            loss = discriminator_loss(_verdict(judge, target), _verdict(judge, shown), GAME)
+            verdict = _patches(partial(functional_call, judge, constants), translated)
+            judged = _patches(judge, target), _patches(judge, translated.detach())
+            total = total + (generator_loss(verdict, GAME) + discriminator_loss(*judged, GAME)).mean(dim=1)
             if weight:
-                loss = loss + weight * penalty(partial(_verdict, judge), target, shown, GAME)
-            total = total + generator_loss(verdict, GAME) + loss
+                total = total + weight * penalty(partial(_spread_over_patches, judge), target, GAME)
         return total
 
 
@@ -77,6 +77,12 @@ def _error(a: Tensor, b: Tensor) -> Tensor:
     return F.l1_loss(a.float(), b.float(), reduction="none").flatten(1).mean(dim=1)
 
 
-def _verdict(judge: Callable[[Tensor], list[Tensor]], image: Tensor) -> Tensor:
-    """(b,) mean logit of all patches; MONAI's discriminator returns its layers, the logits last."""
-    return judge(image)[-1].float().flatten(1).mean(dim=1)
+def _patches(judge: Callable[[Tensor], list[Tensor]], image: Tensor) -> Tensor:
+    """(b, patches) logits; MONAI's discriminator returns its layers, the logits last."""
+    return judge(image)[-1].float().flatten(1)
+
+
+def _spread_over_patches(judge: Callable[[Tensor], list[Tensor]], image: Tensor) -> Tensor:
+    """(b,) whose squared gradient is the mean of those of the patches, where these do not overlap."""
+    logits = _patches(judge, image)
+    return logits.sum(dim=1) / logits.shape[1] ** 0.5

@@ -1,4 +1,4 @@
-"""Losses of generative adversarial networks, as functions of what the discriminator answers (logits, b).
+"""Losses of generative adversarial networks, as functions of what the discriminator answers (logits, any shape).
 
 "nonsaturating": log(1 + e^(-D(G(z)))) for the generator, log(1 + e^(-D(x))) + log(1 + e^(D(G(z)))) for the
 discriminator (Goodfellow et al. 2014, section 3). "wasserstein": D is a critic (Arjovsky et al. 2017).
@@ -17,34 +17,26 @@ Game = Literal["nonsaturating", "wasserstein"]
 
 
 def generator_loss(generated: Tensor, game: Game) -> Tensor:
-    """(b,) low where the discriminator takes what was generated for real."""
+    """Of each logit, low where the discriminator takes what was generated for real."""
     return F.softplus(-generated) if game == "nonsaturating" else -generated
 
 
 def discriminator_loss(real: Tensor, generated: Tensor, game: Game) -> Tensor:
-    """(b,) low where it tells real from generated."""
+    """Of each pair of logits, low where it tells real from generated."""
     if game == "nonsaturating":
         return F.softplus(-real) + F.softplus(generated)
     return generated - real
 
 
-def penalty(discriminate: Callable[[Tensor], Tensor], real: Tensor, generated: Tensor, game: Game) -> Tensor:
+def penalty(discriminate: Callable[[Tensor], Tensor], x: Tensor, game: Game) -> Tensor:
     """(b,) that keeps the game stable, to be weighed and added to the discriminator's loss.
 
-    R1 of the first game, |grad D(x)|^2 / 2 at real images: with it training converges near the data (Mescheder et al.
-    2018, eq. 9). The gradient penalty of the second, (|grad D(x)| - 1)^2 anywhere between a real and a generated image
-    (Gulrajani et al. 2017, eq. 3); each pair's place is drawn by torch's generator.
+    Of the first game R1, |grad D(x)|^2 / 2 at real images x: with it training converges near the data (Mescheder et al.
+    2018, eq. 9). Of the second the gradient penalty, (|grad D(x)| - 1)^2, where x is to lie anywhere between a real and
+    a generated image (Gulrajani et al. 2017, eq. 3).
     """
-    if game == "nonsaturating":
-        return _slope(discriminate, real.detach()) / 2
-    share = torch.rand(len(real), *[1] * (real.ndim - 1), device=real.device, dtype=real.dtype)
-    between = torch.lerp(real.detach(), generated.detach(), share)
-    return ((_slope(discriminate, between) + 1e-12).sqrt() - 1).square()
-
-
-def _slope(discriminate: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """(b,) squared length of the gradient of D by x."""
     with torch.enable_grad():
-        x = x.requires_grad_()
+        x = x.detach().requires_grad_()
         (gradient,) = torch.autograd.grad(discriminate(x).sum(), x, create_graph=True)
-    return gradient.float().square().flatten(1).sum(dim=1)
+    slope = gradient.float().square().flatten(1).sum(dim=1)
+    return slope / 2 if game == "nonsaturating" else ((slope + 1e-12).sqrt() - 1).square()

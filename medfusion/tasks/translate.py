@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,13 @@ def target_of(prior: Prior, to: str) -> Prior | str:
             f"{odd[0].name}: is {odd[0].kind}; codes of two diffusion priors have a meaning in common, no others",
             fix="name two diffusion priors, or a CycleGAN and one of its domains",
         )
+    if odd := [each for each in (prior, other) if each.config.latent]:
+        raise MedfusionError(
+            f"{odd[0].name}: works on latents of its own autoencoder, which mean nothing to another prior",
+            fix="name two diffusion priors without one",
+        )
     ours, theirs = prior.config.preprocessing, other.config.preprocessing
-    if ours != theirs or prior.config.noise_shape[0] != other.config.noise_shape[0]:
+    if ours != theirs:
         raise MedfusionError(
             f"{prior.name} and {other.name} see scans otherwise, so that codes of one are not codes of the other",
             **{prior.name: ours, other.name: theirs},
@@ -91,8 +97,11 @@ def translate(
     """
     loaded = Prior.load(prior)
     target_of(loaded, to)  # what is wrong with it shall be said before
-    made_with = "" if isinstance(loaded, CycleGanPrior) else read_metadata(prior_path(to))[0].name
-    settings = Settings("translate", input, output, prior, device, {"to": to}, volume, overwrite, resume)
+    made_with, options = "", {"to": to}
+    if not isinstance(loaded, CycleGanPrior):
+        made_with = read_metadata(prior_path(to))[0].name
+        options |= {"to_name": made_with, "to_sha256": hashlib.sha256(prior_path(to).read_bytes()).hexdigest()}
+    settings = Settings("translate", input, output, prior, device, options, volume, overwrite, resume)
     replaced = overwrite or resume
 
     def targets(series: Series) -> list[Path]:

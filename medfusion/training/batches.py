@@ -81,7 +81,7 @@ class Samples(Dataset[Sample]):
         """Names of the scans that the batch of a step is cut from."""
         batch = self.config.training.batch
         numbers = range(step * batch, (step + 1) * batch)
-        return sorted({self.crops.case(self.crops.generator(number)).name for number in numbers})
+        return sorted({case.name for number in numbers for case in self.crops.cases(number)})
 
 
 class Order(Sequence[list[int]]):

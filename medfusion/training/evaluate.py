@@ -78,7 +78,9 @@ def validation_game(prior: GanPrior, crops: Sequence[Crop]) -> dict[str, float]:
     generated = prior.sample([torch.Generator().manual_seed(number) for number in range(max(SAMPLES, len(crops)))])
     with half_width(prior.device):
         logits = [float(prior.network.discriminator(images).float().mean()) for images in (real, generated)]
-    found = {"logit_real": round(logits[0], 4), "logit_generated": round(logits[1], 4)}
+    assert prior.config.gan is not None
+    answer = "logit" if prior.config.gan.game == "nonsaturating" else "critic"
+    found = {f"{answer}_real": round(logits[0], 4), f"{answer}_generated": round(logits[1], 4)}
     return found | ({"diversity": round(_apart(generated) / _apart(real), 4)} if len(real) > 1 else {})
 
 
@@ -97,7 +99,7 @@ def validation_cycle(prior: CycleGanPrior, crops: Sequence[Crop]) -> dict[str, f
             f"{name}_cycle_error": round(float((prior.translate(translated, name) - images).abs().mean()), 4),
             f"{name}_change": round(float((translated - images).abs().mean()), 4),
             f"{other}_logit_real": round(logits[0], 4),
-            f"{other}_logit_translated": round(logits[1], 4),
+            f"{other}_logit_generated": round(logits[1], 4),
         }
     return found
 

@@ -429,6 +429,8 @@ def _update_ema(ema: nn.Module, network: nn.Module, step: int, config: Config) -
     weight = 1 - 0.5 ** (config.training.batch / half_life)
     with torch.no_grad():
         torch._foreach_lerp_(list(ema.parameters()), list(network.parameters()), weight)
+        for average, buffer in zip(ema.buffers(), network.buffers(), strict=True):  # vectors of spectral norms
+            average.copy_(buffer)
 
 
 def _tensorboard(out: Path, start: int) -> Any:

@@ -83,21 +83,23 @@ def load_domains(
             f"{len(folders)} folder(s) for the domains {' and '.join(domain.name for domain in domains)}",
             fix="--data FIRST --data SECOND, in this order",
         )
-    cases, audits = list[Case](), []
+    cases, scans, of, excluded = list[Case](), list[Scan](), dict[str, str](), list[str]()
     for number, (folder, domain) in enumerate(zip(folders, domains, strict=True)):
         data = config.data.model_copy(update={"images": domain.images, "masks": domain.masks})
         of_it = config.model_copy(update={"data": data})
         left_out = [name.removeprefix(f"{domain.name}/") for name in exclude if name.startswith(f"{domain.name}/")]
         found, audit = load_cases(folder, of_it, cache=cache, exclude=left_out, progress=progress)
-        audits.append(audit)
+        own = [scan.model_copy(update={"name": f"{domain.name} {scan.name}"}) for scan in audit.scans]
+        scans += own
+        of |= {scan.name: domain.name for scan in own}
+        excluded += [f"{domain.name} {name}" for name in audit.excluded]
         cases += [
             replace(case, name=f"{domain.name} {case.name}", kind=WHOLE_HEAD, class_index=number)
             for case in found
             if not domain.masks or case.kind == STRIPPED
         ]
-    scans = tuple(scan for audit in audits for scan in audit.scans)
-    of = {scan.name: domain.name for domain, audit in zip(domains, audits, strict=True) for scan in audit.scans}
-    return cases, Audit(scans, config, of, tuple(name for audit in audits for name in audit.excluded))
+    audit = Audit(tuple(scans), config, of, tuple(excluded))
+    return [case for case in cases if case.name not in audit.copies], audit
 
 
 def load_training_set(

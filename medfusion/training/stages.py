@@ -185,9 +185,11 @@ class Autoencoding(_Only):
         return autoencoder_loss(network, self.config, shown, share)
 
     def validate(self, network: Autoencoder, crops: Sequence[Crop]) -> dict[str, float]:
-        """The bound and its parts, and PSNR of what it rebuilds."""
-        bound = validation_bound(lambda shown: rebuilt(network, self.config, shown), self.config, crops, network)
-        return bound | {"reconstruction_psnr": reconstruction_psnr(network, crops)}
+        """The bound and its parts, which a plain autoencoder has not, and PSNR of what it rebuilds."""
+        own, found = self.config.autoencoder, dict[str, float]()
+        if own is not None and own.beta:
+            found = validation_bound(lambda shown: rebuilt(network, self.config, shown), self.config, crops, network)
+        return found | {"reconstruction_psnr": reconstruction_psnr(network, crops)}
 
     def draw(self, network: Autoencoder, crops: Sequence[Crop], path: Path) -> None:
         """Clean and rebuilt slices, and what single latents do."""

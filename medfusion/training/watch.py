@@ -9,7 +9,9 @@ import numpy as np
 BURST = 50.0  # times the usual gradient
 USUAL = 10  # rows of metrics.jsonl from which it is known
 LEAST_DIVERSITY = 0.5  # of samples, where that of scans is 1
-LARGEST_GAP = 10.0  # between the logits of scans and of samples: e^-10 is what is left for the generator to learn from
+# Between the logits of scans and of samples. e^-10 of its gradient is left to the discriminator: it learns no more, and
+# what it tells the generator is arbitrary (Arjovsky & Bottou 2017). A critic's answers have no such scale.
+LARGEST_GAP = 10.0
 
 
 def burst(norms: Sequence[float]) -> str:
@@ -27,6 +29,7 @@ def lost(found: Mapping[str, float]) -> str:
         return "no latent is in use (posterior collapse): a smaller autoencoder.beta, or a longer beta_warmup"
     if found.get("diversity", 1.0) < LEAST_DIVERSITY:
         return f"samples differ by {found['diversity']:.2f} of what scans do (mode collapse): a larger gan.penalty"
-    if found.get("logit_real", 0.0) - found.get("logit_generated", 0.0) > LARGEST_GAP:
-        return "the discriminator tells all samples from scans, and teaches nothing more: a larger gan.penalty"
+    for domain in (name.removesuffix("logit_real") for name in found if name.endswith("logit_real")):
+        if found[f"{domain}logit_real"] - found[f"{domain}logit_generated"] > LARGEST_GAP:
+            return "the discriminator tells all samples from scans, and learns nothing more: a larger penalty"
     return ""

@@ -1,13 +1,19 @@
 """`medfusion translate`: by a CycleGAN trained on two folders, and between two diffusion priors."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from prior_factory import grid, head, saved, tiny_config, white_prior
+from torch import nn
 
+from medfusion.config import Config
+from medfusion.prior import DiffusionPrior
 from tests.command_line import assert_refused, medfusion
 from tests.dicom_factory import write_series
 
@@ -72,24 +78,45 @@ def test_a_dicom_series_becomes_a_derived_one(folders: Path, tmp_path: Path) -> 
     assert len(list(series.glob("*.dcm"))) == 22
 
 
+def renamed(prior: DiffusionPrior, name: str, **sections: dict[str, Any]) -> DiffusionPrior:
+    return replace(prior, config=tiny_config(**sections).model_copy(update={"name": name}))
+
+
 def test_between_diffusion_priors(folders: Path, tmp_path: Path) -> None:
-    """Two priors of white noise encode and decode by the identity."""
-    prior = saved(white_prior(), tmp_path)
+    """A prior of white noise encodes and decodes by the identity; one whose network answers v < 0, by brightening."""
+    white, bright = saved(white_prior(), tmp_path), renamed(white_prior(), "bright")
+    nn.init.constant_(bright.network.tail.bias, -0.1)
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "b0.nii.gz").write_bytes((folders / "b" / "b0.nii.gz").read_bytes())
-    arguments = ["translate", tmp_path / "in", tmp_path / "out", "--prior", prior, "--device", "cpu", "--to"]
-    done = medfusion(*arguments, prior)
-    assert done.returncode == 0, done.stderr
-    before, after = (
-        nibabel.load(path).get_fdata() for path in (tmp_path / "in/b0.nii.gz", tmp_path / "out/b0_translated.nii.gz")
-    )
-    assert np.abs(after - before).mean() < 0.02 * np.ptp(before)
-    other = white_prior()
-    finer = tiny_config(preprocessing={"spacing": 1.0}).model_copy(update={"name": "finer"})
-    object.__setattr__(other, "config", finer)
-    done = medfusion(*arguments, saved(other, tmp_path), "--overwrite")
-    assert_refused(done, "tiny and finer see scans otherwise")
-    assert_refused(medfusion(*arguments, folders / "run" / "prior.safetensors", "--overwrite"), "is a CycleGAN")
+    before = nibabel.load(tmp_path / "in" / "b0.nii.gz").get_fdata()
+    arguments = ["translate", tmp_path / "in", tmp_path / "out", "--device", "cpu", "--prior"]
+
+    def change(prior: str, to: str, *more: str) -> NDArray[np.float64]:
+        done = medfusion(*arguments, prior, "--to", to, *more)
+        assert done.returncode == 0, done.stderr
+        return (nibabel.load(tmp_path / "out" / "b0_translated.nii.gz").get_fdata() - before) / np.ptp(before)
+
+    assert np.abs(change(white, white)).mean() < 0.02
+    brighter = change(white, saved(bright, tmp_path), "--overwrite")[12:28, 12:28, 12:28].mean()
+    assert brighter > 0.02
+    assert change(saved(bright, tmp_path), white, "--overwrite")[12:28, 12:28, 12:28].mean() < -0.02
+    record = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert record["settings"]["options"]["to_name"] == "tiny"
+    # the other prior, made anew in its place, is another setting: nothing of the old one is kept
+    change(white, saved(bright, tmp_path), "--overwrite")
+    nn.init.zeros_(bright.network.tail.bias)
+    assert np.abs(change(white, saved(bright, tmp_path), "--resume")).mean() < 0.02
+
+
+def test_priors_whose_codes_have_no_meaning_in_common(folders: Path, tmp_path: Path) -> None:
+    white = saved(white_prior(), tmp_path)
+    arguments = ["translate", folders / "b", tmp_path / "out", "--device", "cpu", "--prior", white, "--to"]
+    finer = saved(renamed(white_prior(), "finer", preprocessing={"spacing": 1.0}), tmp_path)
+    assert_refused(medfusion(*arguments, finer), "tiny and finer see scans otherwise")
+    assert_refused(medfusion(*arguments, folders / "run" / "prior.safetensors"), "is a CycleGAN")
+    tree = tiny_config().model_dump() | {"name": "latent", "autoencoder": {"channels": (8, 16), "latents": 1}}
+    latent = saved(DiffusionPrior.untrained(Config.model_validate(tree), {}), tmp_path)
+    assert_refused(medfusion(*arguments, latent), "latent: works on latents of its own autoencoder")
 
 
 def test_as_many_folders_as_domains(folders: Path) -> None:

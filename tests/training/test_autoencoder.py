@@ -115,6 +115,16 @@ def test_configs_that_make_no_sense() -> None:
         Config.model_validate(tree)
     with pytest.raises(ValueError, match="no multiple of 32"):
         vae_config(channels=[8] * 6)
+    tree = vae_config().model_dump()
+    with pytest.raises(ValueError, match="starts from random weights"):
+        Config.model_validate(tree | {"training": tree["training"] | {"start": "brain-t1"}})
+    with pytest.raises(ValueError, match="the family gan has no section autoencoder"):
+        Config.model_validate(tree | {"family": "gan", "gan": {"channels": (8, 16)}})
+
+
+def test_a_plain_one_tells_of_no_bound(tmp_path: Path, cases: list[Case]) -> None:
+    train(cases, vae_config(beta=0), tmp_path, device="cpu")
+    assert set(rows(tmp_path)[-1]["validation"]) == {"reconstruction_psnr"}
 
 
 def test_the_picture_shows_what_single_latents_do(tmp_path: Path, cases: list[Case]) -> None:

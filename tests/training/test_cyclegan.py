@@ -13,7 +13,6 @@ from medfusion.config import Config
 from medfusion.data.crops import Case, Pairs, paired, split, validation_crops
 from medfusion.errors import MedfusionError
 from medfusion.networks import CycleGan
-from medfusion.objectives.adversarial import discriminator_loss, generator_loss, penalty
 from medfusion.prior import CycleGanPrior, Prior
 from medfusion.training import train
 
@@ -82,25 +81,46 @@ def test_each_network_has_the_gradient_of_its_own_loss() -> None:
     (to_b, to_a), (judge_a, judge_b) = network.translators, network.discriminators
     a, b = pairs[:, :1], pairs[:, 1:]
 
-    def verdict(judge: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
-        return judge(x)[-1].flatten(1).mean(dim=1)
+    entropy = torch.nn.BCEWithLogitsLoss()  # over patches and images alike
+
+    def fooled(judge: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return entropy(judge(x)[-1], torch.ones_like(judge(x)[-1]))
+
+    def slope(judge: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        x = x.clone().requires_grad_()
+        logits = judge(x)[-1]
+        (gradient,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        return gradient.square().sum() / (logits.numel() / len(x)) / len(x)
 
     def apart(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return (x - y).abs().flatten(1).mean(dim=1)
 
-    game = "nonsaturating"
-    translated = generator_loss(verdict(judge_b, to_b(a)), game) + generator_loss(verdict(judge_a, to_a(b)), game)
+    translated = fooled(judge_b, to_b(a)) + fooled(judge_a, to_a(b))
     cycle, identity = apart(to_a(to_b(a)), a) + apart(to_b(to_a(b)), b), apart(to_b(b), b) + apart(to_a(a), a)
     network.zero_grad()
-    (translated + 10 * cycle + 5 * identity).mean().backward()
+    (translated + (10 * cycle + 5 * identity).mean()).backward()
     expected = {name: p.grad.clone() for name, p in network.named_parameters() if name.startswith("translators")}
     network.zero_grad()
     for judge, real, shown in ((judge_a, a, to_a(b).detach()), (judge_b, b, to_b(a).detach())):
-        loss = discriminator_loss(verdict(judge, real), verdict(judge, shown), game)
-        (loss + 2 * penalty(lambda x, judge=judge: verdict(judge, x), real, shown, game)).mean().backward()
+        told = fooled(judge, real) + entropy(judge(shown)[-1], torch.zeros_like(judge(shown)[-1]))
+        (told + 2 * slope(judge, real) / 2).backward()
     expected |= {name: p.grad.clone() for name, p in network.named_parameters() if name.startswith("discriminators")}
     for name, gradient in together.items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-4, rtol=1e-3, msg=name)
+
+
+def test_a_voxel_is_translated_alike_in_a_crop_and_in_the_whole_scan() -> None:
+    """Farther from the border than the network sees: what else the volume holds does not matter."""
+    torch.manual_seed(0)
+    prior = CycleGanPrior.untrained(cyclegan_config(), {})
+    for parameter in prior.network.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    crop = torch.randn(1, 1, 48, 48, 48)
+    whole = torch.nn.functional.pad(crop, [16] * 6, value=-1.0)
+    inside = (..., *[slice(16, 32)] * 3)
+    translated, within = prior.translate(crop, "bright"), prior.translate(whole, "bright")[..., 16:64, 16:64, 16:64]
+    assert float((translated - crop)[inside].abs().mean()) > 1e-3
+    torch.testing.assert_close(translated[inside], within[inside], atol=1e-4, rtol=1e-4)
 
 
 def test_a_pair_has_a_crop_of_each_domain() -> None:
@@ -112,6 +132,7 @@ def test_a_pair_has_a_crop_of_each_domain() -> None:
     assert [float(channel.mean()) for channel in crop.image] == pytest.approx([0, 1], abs=0.5)
     again, _ = pairs.draw(3, located=True)
     torch.testing.assert_close(crop.image, again.image)
+    assert [case.class_index for case in pairs.cases(3)] == [0, 1]
     training, held_out = split(cases, 1, 0, domains=True)
     assert [case.class_index for case in held_out] == [0, 1]
     assert len(training) == 4
@@ -124,3 +145,5 @@ def test_a_domain_without_a_scan_to_train_on_is_refused(tmp_path: Path) -> None:
         train(two_domains()[:4], cyclegan_config(), tmp_path, device="cpu")
     with pytest.raises(ValueError, match="two domains have two names"):
         cyclegan_config(domains=[{"name": "a"}, {"name": "a"}])
+    with pytest.raises(ValueError, match="halves crops of 16 voxels too often"):
+        cyclegan_config(layers=3)

@@ -56,15 +56,34 @@ def test_a_run_leaves_a_prior_with_its_card(run: Path) -> None:
         prior.decode(torch.zeros(1, 6), [32, 32, 32])
 
 
-def test_an_interrupted_run_is_resumed(run: Path, tmp_path: Path, cases: list[Case]) -> None:
+@pytest.mark.parametrize("game", ["nonsaturating", "wasserstein"])
+def test_an_interrupted_run_is_resumed(game: str, tmp_path: Path, cases: list[Case]) -> None:
     def stop(state: Any) -> None:
         if state.step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
 
+    config = gan_config(game=game, spectral_norm=game == "wasserstein")
+    train(cases, config, tmp_path / "whole", device="cpu")
     with pytest.raises(KeyboardInterrupt):
-        train(cases, gan_config(), tmp_path, device="cpu", progress=stop)
-    train(cases, gan_config(), tmp_path, device="cpu", resume=True)
-    assert_same_run(tmp_path, run)
+        train(cases, config, tmp_path / "broken", device="cpu", progress=stop)
+    torch.manual_seed(5)
+    train(cases, config, tmp_path / "broken", device="cpu", resume=True)
+    assert_same_run(tmp_path / "broken", tmp_path / "whole")
+
+
+def test_the_averaged_discriminator_is_normalised_too(tmp_path: Path, cases: list[Case]) -> None:
+    """Its layers have a largest singular value of about 1, as those that are trained have."""
+    prior = train(cases, gan_config(steps=60, spectral_norm=True), tmp_path, device="cpu")
+    layers = prior.network.discriminator.modules()
+    weights = [each.weight.flatten(1) for each in layers if isinstance(each, torch.nn.Conv3d | torch.nn.Linear)]
+    assert len(weights) >= 3
+    for weight in weights:
+        assert float(torch.linalg.matrix_norm(weight, 2)) == pytest.approx(1, abs=0.2)
+
+
+def test_a_critic_has_no_logits(tmp_path: Path, cases: list[Case]) -> None:
+    train(cases, gan_config(game="wasserstein", penalty=10), tmp_path, device="cpu")
+    assert set(rows(tmp_path)[-1]["validation"]) == {"critic_real", "critic_generated", "diversity"}
 
 
 @pytest.mark.parametrize(
@@ -79,10 +98,8 @@ def test_each_player_has_the_gradient_of_its_own_loss(game: Any, spectral: bool)
     def discriminate(x: torch.Tensor) -> torch.Tensor:
         return network.discriminator(x)[:, 0]
 
-    torch.manual_seed(1)
     sum(loss.mean() for loss in network(real, noise, game, 2.0)).backward()
     together = {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
-    torch.manual_seed(1)
     generated = network.generator(noise)
     network.zero_grad()
     generator_loss(discriminate(generated), game).mean().backward()
@@ -90,7 +107,9 @@ def test_each_player_has_the_gradient_of_its_own_loss(game: Any, spectral: bool)
     network.zero_grad()
     fixed = generated.detach()
     loss = discriminator_loss(discriminate(real), discriminate(fixed), game)
-    (loss + 2.0 * penalty(discriminate, real, fixed, game)).mean().backward()
+    share = (1000 * noise.sum(dim=1) % 1)[:, None, None, None, None]
+    at = (1 - share) * real + share * fixed if game == "wasserstein" else real
+    (loss + 2.0 * penalty(discriminate, at, game)).mean().backward()
     apart |= {name: p.grad.clone() for name, p in network.named_parameters() if name.startswith("discriminator")}
     for name, gradient in together.items():
         torch.testing.assert_close(gradient, apart[name], atol=1e-5, rtol=1e-4, msg=name)
@@ -114,3 +133,5 @@ def test_what_is_lost_is_told() -> None:
     assert "posterior collapse" in lost({"latents_in_use": 0})
     assert "mode collapse" in lost({"diversity": 0.1, "logit_real": 1.0, "logit_generated": 0.0})
     assert "tells all samples" in lost({"diversity": 0.9, "logit_real": 9.0, "logit_generated": -9.0})
+    assert "tells all samples" in lost({"dark_logit_real": 9.0, "dark_logit_generated": -9.0})
+    assert lost({"critic_real": 90.0, "critic_generated": -90.0}) == ""

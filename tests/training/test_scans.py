@@ -18,7 +18,7 @@ from prior_factory import CENTRE, grid, head, tiny_config, write_head
 from medfusion.config import Config
 from medfusion.data.crops import STRIPPED, UNKNOWN, WHOLE_HEAD, Case
 from medfusion.errors import MedfusionError
-from medfusion.training import Audit, load_cases
+from medfusion.training import Audit, load_cases, load_domains
 
 T1 = {"images": "*_T1.nii.gz"}
 MASKED = tiny_config(data=T1 | {"masks": "*_mask.nii.gz"})
@@ -194,6 +194,21 @@ def test_copies_are_used_once(data: Path) -> None:
     cases, audit = load(data, MASKED)
     assert [case.name for case in cases] == ["a_T1", "a_T1", "b_T1", "b_T1"]
     assert audit.copies == {"c_T1": "a_T1"}
+
+
+def test_scans_of_two_domains_may_have_one_name_and_a_copy_is_used_once(data: Path) -> None:
+    for folder, names in (("first", "ab"), ("second", "ac")):
+        for seed, name in enumerate(names):
+            write_head(data / folder / f"{name}.nii.gz", seed=10 * (folder == "second") + seed)
+    shutil.copy(data / "first" / "b.nii.gz", data / "second" / "d.nii.gz")
+    tree = {"family": "cyclegan", "cyclegan": {"domains": [{"name": "first"}, {"name": "second"}], "layers": 1}}
+    config = Config.model_validate(tiny_config().model_dump() | tree)
+    folders = [data / "first", data / "second"]
+    cases, audit = load_domains(folders, config, cache=data / "cache", exclude=["second/c"])
+    assert [(case.name, case.class_index) for case in cases] == [("first a", 0), ("first b", 0), ("second a", 1)]
+    assert audit.classes == {"first a": "first", "first b": "first", "second a": "second", "second d": "second"}
+    assert audit.copies == {"second d": "first b"}
+    assert audit.excluded == ("second c",)
 
 
 def test_dicom_series_become_cases(data: Path) -> None:
