@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.interpolate import CubicSpline
 
+from medfusion.data.crops import WHOLE_HEAD, context_channels
 from medfusion.data.intensity import SEEN
 from medfusion.diffusion import ddpm, noise_like, time_steps
 from medfusion.io import write_nifti
@@ -58,7 +59,9 @@ def label_map(rng: np.random.Generator) -> NDArray[np.uint8]:
 def scan_of(labels: NDArray[np.uint8], prior: Prior, seed: int) -> NDArray[np.float32]:
     """What the prior draws for a map, in arbitrary units."""
     generator = torch.Generator().manual_seed(seed)
-    denoise = prior.denoiser(None, torch.from_numpy(labels.astype(np.int64))[None], guidance=1.5)
+    middle = (np.array(SHAPE) - 1) / 2  # about where the foreground of such a scan has its centre
+    context = context_channels(SHAPE, (0, 0, 0), middle, prior.config.preprocessing.spacing, WHOLE_HEAD)[None]
+    denoise = prior.denoiser(context, torch.from_numpy(labels.astype(np.int64))[None], guidance=1.5)
     noise = noise_like(torch.zeros(1, 1, *labels.shape), [generator])
     image = ddpm(denoise, noise, time_steps(prior.process, 40), generators=[generator])[0, 0].numpy()
     return (UNIT * (image - SEEN[0]).clip(0)).round().astype(np.float32)
