@@ -221,3 +221,10 @@ def test_the_atlas_is_the_mean_image_around_the_centroid_read_back_at_any_positi
     # folded voxels of the block begin at index 18 and average pairs: 18.5, 20.5, ...
     torch.testing.assert_close(expected[:, 0, 0], torch.tensor([18.5, 20.5, 22.5, 24.5]) / 40 + 0.25, atol=2e-3, rtol=0)
     assert bool((network.expected(torch.zeros(1, 4, 4, 4, 4)) == 0).all())
+
+
+def test_crops_keep_the_contrast_of_their_scan_where_they_are_not_varied():
+    """On the ramp a voxel's label says what its value was."""
+    kept, varied = (_located(varied=varied, zoomed_share=0, withheld_share=0, flips="") for varied in (False, True))
+    assert torch.equal(kept.image[0] % 30000, kept.labels.float())
+    assert not torch.equal(varied.image[0] % 30000, varied.labels.float())

@@ -78,6 +78,25 @@ def test_a_dicom_series_becomes_a_derived_one(folders: Path, tmp_path: Path) -> 
     assert len(list(series.glob("*.dcm"))) == 22
 
 
+def test_every_volume_of_a_4d_file_and_no_slab(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    scans = [nibabel.load(folders / "b" / f"b{number}.nii.gz") for number in range(2)]
+    both = np.stack([scan.get_fdata() for scan in scans], axis=-1)
+    nibabel.save(nibabel.Nifti1Image(both.astype(np.float32), scans[0].affine), tmp_path / "in" / "both.nii.gz")
+    nibabel.save(nibabel.Nifti1Image(both[..., :9, 0], scans[0].affine), tmp_path / "in" / "slab.nii.gz")
+    prior = folders / "run" / "prior.safetensors"
+    done = medfusion("translate", tmp_path / "in", tmp_path / "out", "--prior", prior, "--to", "a", "--device", "cpu")
+    assert done.returncode == 1
+    assert "slab: too few voxels along one axis" in " ".join((done.stdout + done.stderr).split())
+    made = nibabel.load(tmp_path / "out" / "both_translated.nii.gz").get_fdata()
+    assert made.shape == both.shape
+    for number in range(2):  # each as it is by itself
+        alone = ["translate", folders / "b" / f"b{number}.nii.gz", tmp_path / f"{number}.nii.gz", "--prior", prior]
+        assert medfusion(*alone, "--to", "a", "--device", "cpu").returncode == 0
+        single = nibabel.load(tmp_path / f"{number}.nii.gz").get_fdata()
+        np.testing.assert_allclose(made[..., number], single, atol=1e-3 * np.ptp(single))
+
+
 def renamed(prior: DiffusionPrior, name: str, **sections: dict[str, Any]) -> DiffusionPrior:
     return replace(prior, config=tiny_config(**sections).model_copy(update={"name": name}))
 
