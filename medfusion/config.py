@@ -242,9 +242,9 @@ class Config(Strict):
     def _the_family_is_described(self) -> Config:
         if self.family != "diffusion" and getattr(self, self.family) is None:
             raise ValueError(f"the family {self.family} needs the section {self.family}")
-        for section in ("autoencoder", "gan", "cyclegan"):
-            of = ("diffusion", section) if section == "autoencoder" else (section,)
-            if getattr(self, section) is not None and self.family not in of:
+        sections = {"autoencoder": ("autoencoder", "diffusion"), "gan": ("gan",), "cyclegan": ("cyclegan",)}
+        for section, families in sections.items():
+            if getattr(self, section) is not None and self.family not in families:
                 raise ValueError(f"the family {self.family} has no section {section}")
         if self.training.start and self.family != "diffusion":
             raise ValueError(f"the family {self.family} starts from random weights: no training.start")
