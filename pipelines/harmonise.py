@@ -158,6 +158,13 @@ def seen(scan: Volume) -> NDArray[np.float32]:
     return measure_scale(upright.array, 99.0, scan.name).apply(upright.array)
 
 
+def brain(scan: Volume) -> NDArray[np.float32]:
+    """As ``seen``, without the air around it."""
+    image = seen(scan)
+    inside = np.argwhere(image > BRAIN)
+    return image[tuple(map(slice, inside.min(axis=0), inside.max(axis=0) + 1))]
+
+
 def crops(scan: Volume, number: int = CROPS) -> NDArray[np.float32]:
     """(n, 32, 32, 32) inside the brain, whose outline would tell by whom it was stripped: the fullest of ten each."""
     image, rng, chosen = seen(scan), np.random.default_rng(0), []
@@ -250,7 +257,7 @@ def main() -> None:
             table.add_row(source, target, method, *judged, *shares)
             print(source, target, method, *judged, *shares, flush=True)
             rows |= {f"{source} as {target}, {method}": made} if method != "none" else {}
-        shown = {name: [seen(scan) for scan in some[:SHOWN]] for name, some in (rows | {target: real}).items()}
+        shown = {name: [brain(scan) for scan in some[:SHOWN]] for name, some in (rows | {target: real}).items()}
         (asked.out / f"{source}_as_{target}.png").write_bytes(grid(shown))
     Console(width=110).print(table)
 
